@@ -1,0 +1,180 @@
+"""What is timed: one declarative table. Everything else in this folder enumerates `CASES`.
+
+A likelihood gets its own case by being in `fastvae.likelihoods.registry`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastvae
+from benchmarks import plain
+
+DEVICE = "cpu"
+DTYPE = torch.float32
+
+
+class Shape(NamedTuple):
+    batch: int
+    latents: int
+    pixels: int
+
+
+SMALL = Shape(128, 20, 784)  # an MNIST batch: overhead
+MIDDLE = Shape(512, 64, 3072)  # a CIFAR batch: arithmetic, in cache
+LARGE = Shape(2048, 128, 12288)  # 64x64 RGB: memory
+
+
+class Problem(NamedTuple):
+    """Tensors to run on, and what comes back into the outputs from the rest of the model."""
+
+    inputs: dict[str, Tensor]  # by name; those that require a gradient get one
+    upstream: tuple[Tensor | None, ...]  # one per output; None: the scalar loss itself
+    # The least that any implementation must read and write, in elements:
+    forward: int  # to get the outputs
+    step: int  # to get the outputs and the gradients in one go
+
+
+Contender = Callable[..., tuple[Tensor, ...]]  # called with the inputs by name
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    family: str
+    shape: Shape
+    problem: Callable[[Shape], Problem]
+    fastvae: Contender
+    eager: Contender  # takes eps=None too where `sampled`
+    compiled: bool = True  # time torch.compile of `eager` as well
+    sampled: bool = False  # the first output is z, drawn from N(mu, exp(logvar))
+
+    @property
+    def name(self) -> str:
+        bits = "fp32" if DTYPE is torch.float32 else str(DTYPE).removeprefix("torch.")
+        rows, columns = self.shape.batch, self.shape.pixels or self.shape.latents
+        return f"{self.op}[{self.family}-{DEVICE}-{bits}-{rows}x{columns}]"
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        return ("fastvae", "eager", "torch.compile") if self.compiled else ("fastvae", "eager")
+
+    def run(self, contender: str) -> Contender:
+        if contender == "torch.compile":
+            return torch.compile(self.eager, dynamic=False)  # the best code for this shape
+        return self.fastvae if contender == "fastvae" else self.eager
+
+
+def normal(*size: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(size, dtype=DTYPE, device=DEVICE) * scale
+
+
+def uniform(*size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return torch.empty(size, dtype=DTYPE, device=DEVICE).uniform_(low, high)
+
+
+def latents(shape: Shape) -> dict[str, Tensor]:
+    size = shape.batch, shape.latents
+    return {"mu": normal(*size).requires_grad_(), "logvar": normal(*size).requires_grad_()}
+
+
+def step_problem(shape: Shape) -> Problem:
+    """The decoder is left out: logits are a leaf, and z gets the gradient a decoder would send."""
+    rows = shape.batch, shape.pixels
+    inputs = {"logits": normal(*rows, scale=3.0).requires_grad_(), "x": uniform(*rows)}
+    upstream = normal(shape.batch, shape.latents, scale=1e-2), None
+    n, m = shape.batch * shape.pixels, shape.batch * shape.latents
+    # logits, x; d_logits. mu, logvar, z; again mu, logvar, and d_z, d_mu, d_logvar.
+    return Problem(inputs | latents(shape), upstream, 2 * n + 3 * m, 3 * n + 8 * m)
+
+
+def latent_problem(outputs: str, forward: int, step: int) -> Callable[[Shape], Problem]:
+    def problem(shape: Shape) -> Problem:
+        m = shape.batch * shape.latents
+        gradients = {"z": normal(shape.batch, shape.latents), "kl": mean_gradient(shape, +1)}
+        upstream = tuple(gradients[name] for name in outputs.split())
+        return Problem(latents(shape), upstream, forward * m, step * m)
+
+    return problem
+
+
+def mean_gradient(shape: Shape, sign: int) -> Tensor:
+    """What the mean of the negative ELBO sends to a value per sample."""
+    return torch.full((shape.batch,), sign / shape.batch, dtype=DTYPE, device=DEVICE)
+
+
+def log_likelihood_case(family: str) -> Case:
+    likelihood = fastvae.likelihoods.get(family)
+    # A family without a formula in plain.py is compared with its own eager backend.
+    formula = plain.LOG_LIKELIHOODS.get(family)
+
+    def problem(shape: Shape) -> Problem:
+        size = shape.batch, shape.pixels
+        x, recon = likelihood.sample_inputs(size)
+        # Parameters that an option adds (per-element logvar) are not in sample_inputs.
+        recon += tuple(normal(*size) for _ in likelihood.param_names[len(recon) :])
+        inputs = dict(zip(("x", *likelihood.param_names), (x, *recon), strict=True))
+        inputs = {k: t.to(DEVICE, DTYPE).requires_grad_(k != "x") for k, t in inputs.items()}
+        n, count = shape.batch * shape.pixels, len(recon)
+        return Problem(inputs, (mean_gradient(shape, -1),), (1 + count) * n, (1 + 2 * count) * n)
+
+    def run(x: Tensor, backend: str = "auto", **parameters: Tensor) -> tuple[Tensor]:
+        recon = tuple(parameters.values())
+        recon = recon if len(recon) > 1 else recon[0]
+        return (fastvae.log_likelihood(x, recon, likelihood, backend=backend),)
+
+    def eager(x: Tensor, **parameters: Tensor) -> tuple[Tensor]:
+        return (formula(x, **parameters),) if formula else run(x, "eager", **parameters)
+
+    return Case("log_likelihood", family, MIDDLE, problem, run, eager)
+
+
+def fused_step() -> Contender:
+    criterion = fastvae.ELBOLoss(likelihood="bernoulli")
+
+    def step(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        z, kl = fastvae.rsample_kl(mu, logvar)
+        return z, criterion(logits, x, kl=kl)
+
+    return step
+
+
+def step_case(shape: Shape) -> Case:
+    return Case("elbo", "bernoulli", shape, step_problem, fused_step(), plain.elbo, sampled=True)
+
+
+def latent_cases(shape: Shape) -> list[Case]:
+    shape = shape._replace(pixels=0)
+    # outputs, then the tensors of mu's size that pass by: in the forward, in the whole step
+    table: dict[str, tuple[str, int, int, Contender]] = {
+        "rsample": ("z", 3, 7, lambda **inputs: (fastvae.rsample(**inputs),)),
+        "rsample_kl": ("z kl", 3, 8, lambda **inputs: fastvae.rsample_kl(**inputs)),
+        "kl_divergence": ("kl", 2, 6, lambda **inputs: (fastvae.kl_divergence(**inputs),)),
+    }
+    return [
+        Case(
+            op,
+            "normal",
+            shape,
+            latent_problem(outputs, forward, step),
+            run,
+            getattr(plain, op),
+            sampled="z" in outputs,
+        )
+        for op, (outputs, forward, step, run) in table.items()
+    ]
+
+
+STEPS = {
+    name: step_case(shape)
+    for name, shape in {"small": SMALL, "middle": MIDDLE, "large": LARGE}.items()
+}
+CASES: list[Case] = [
+    *STEPS.values(),
+    *(log_likelihood_case(family) for family in fastvae.likelihoods.registry),
+    *latent_cases(SMALL),
+    *latent_cases(LARGE),
+]

@@ -1,0 +1,59 @@
+"""The contenders' formulas in plain PyTorch, the way people write them in a training script.
+
+fastvae is timed against them; run in float64, they are what every contender is checked against.
+A parameter is called what the likelihood calls it: logits, probs, mean, logvar.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LN_2PI = math.log(2 * math.pi)
+
+
+def elbo(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor | None = None):
+    """The whole step head of a Bernoulli VAE: -> z [B, latents], loss []."""
+    std = torch.exp(0.5 * logvar)
+    eps = torch.randn_like(std) if eps is None else eps
+    z = mu + eps * std
+    reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+    kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+    return z, reconstruction / x.shape[0] + kl / x.shape[0]
+
+
+def rsample(mu: Tensor, logvar: Tensor, eps: Tensor | None = None):
+    std = torch.exp(0.5 * logvar)
+    eps = torch.randn_like(std) if eps is None else eps
+    return (mu + eps * std,)
+
+
+def kl_divergence(mu: Tensor, logvar: Tensor):
+    return (-0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=1),)
+
+
+def rsample_kl(mu: Tensor, logvar: Tensor, eps: Tensor | None = None):
+    return *rsample(mu, logvar, eps), *kl_divergence(mu, logvar)
+
+
+def bernoulli(x: Tensor, logits: Tensor) -> Tensor:
+    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1)
+
+
+def bernoulli_probs(x: Tensor, probs: Tensor) -> Tensor:
+    return -F.binary_cross_entropy(probs, x, reduction="none").sum(1)
+
+
+def gaussian(x: Tensor, mean: Tensor) -> Tensor:
+    return (-0.5 * (x - mean).pow(2) - 0.5 * LN_2PI).sum(1)
+
+
+def gaussian_logvar(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    return (-0.5 * ((x - mean).pow(2) / logvar.exp() + logvar + LN_2PI)).sum(1)
+
+
+LOG_LIKELIHOODS: dict[str, Callable[..., Tensor]] = {
+    f.__name__: f for f in (bernoulli, bernoulli_probs, gaussian, gaussian_logvar)
+}

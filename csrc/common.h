@@ -1,0 +1,86 @@
+// What the operators share: routing, memory-safety checks, and tensors seen as row matrices.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/FuncTorchTLS.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/library.h>
+
+#include "cpu/kernels.h"
+
+namespace fastvae {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+using Needs = std::vector<bool>;
+
+// --- routing -------------------------------------------------------------------------------------
+
+// A functorch transform is active, or an input carries a forward-mode tangent: the composite of
+// differentiable ATen ops must run, since the fused Functions have neither vmap nor jvp.
+bool needs_composite(at::TensorList inputs);
+
+// Ordinary eager execution on the CPU: reading a value back costs nothing and breaks no trace.
+inline bool is_plain_cpu(const Tensor& t) {
+  return t.is_cpu() && !t.unsafeGetTensorImpl()->is_python_dispatch() &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+inline bool any_requires_grad(at::TensorList tensors) {
+  for (const Tensor& t : tensors)
+    if (t.defined() && t.requires_grad()) return true;
+  return false;
+}
+
+// --- dtypes --------------------------------------------------------------------------------------
+
+inline at::ScalarType compute_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
+
+DType dtype_of(const Tensor& t);
+
+// --- checks: what memory safety needs; fastvae/functional.py explains the rest to the user ---------
+
+inline void check_cpu(const Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.is_cpu(), name, " must be a CPU tensor here, got ", t.device());
+}
+
+inline void check_same_shape(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
+  TORCH_CHECK_VALUE(a.sizes() == b.sizes(), a_name, " and ", b_name, " must have the same shape, got ",
+                    a.sizes(), " and ", b.sizes());
+}
+
+inline void check_floating(const Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble ||
+                       t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16,
+                   name, " must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
+}
+
+// --- tensors as matrices -------------------------------------------------------------------------
+
+// Keeps alive the contiguous copies that operands may need.
+struct RowOperand {
+  Tensor storage;
+  Operand operand;
+};
+
+// `t` with its first `lead` dimensions as rows, the rest as columns. No copy where the columns are
+// contiguous or one repeated element.
+RowOperand as_rows(const Tensor& t, int64_t lead);
+
+inline int64_t product(at::IntArrayRef sizes) { return c10::multiply_integers(sizes); }
+
+// Sums a gradient to the shape of the input it belongs to, in that input's dtype.
+inline Tensor reduce_to(const Tensor& grad, const Tensor& input) {
+  return at::sum_to(grad, input.sizes()).to(input.scalar_type());
+}
+
+// [rows...] with `n` trailing dimensions of one, to multiply [rows..., event...].
+inline Tensor unsqueeze_event(const Tensor& t, int64_t n) {
+  if (t.dim() == 0 || n == 0) return t;
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  sizes.resize(sizes.size() + n, 1);
+  return t.view(sizes);
+}
+
+}  // namespace fastvae

@@ -1,0 +1,115 @@
+// Counter-based standard normals: Philox4x32-10 (Salmon et al. 2011) and Box–Muller.
+//
+// The normal of element i depends on (seed, i) alone: counter 16·(i div 64) + i mod 16, and of that
+// counter's four normals the (i mod 64) div 16-th, so that 16 lanes of counters fill 64 elements.
+#pragma once
+
+#include "vec.h"
+
+namespace fastvae {
+inline namespace CPU_CAPABILITY {
+
+constexpr int philox_block = 64;  // elements that 16 counters fill
+
+// Four words per lane.
+struct Philox {
+  I32 word[4];
+};
+
+struct HiLo {
+  I32 hi, lo;
+};
+
+// The two halves of the 64-bit product m · a, lane by lane, unsigned.
+inline HiLo mul_hi_lo(const I32& a, uint32_t m) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i mm = _mm512_set1_epi64(m);
+  const __m512i even = _mm512_mul_epu32(a, mm);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), mm);
+  return {I32(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd)),
+          I32(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)))};
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i mm = _mm256_set1_epi64x(m);
+  const __m256i even = _mm256_mul_epu32(a, mm);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), mm);
+  return {I32(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA)),
+          I32(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA))};
+#else
+  int32_t in[I32::size()], hi[I32::size()], lo[I32::size()];
+  a.store(in);
+  for (int j = 0; j < I32::size(); ++j) {
+    const uint64_t product = static_cast<uint64_t>(static_cast<uint32_t>(in[j])) * m;
+    hi[j] = static_cast<int32_t>(product >> 32);
+    lo[j] = static_cast<int32_t>(product);
+  }
+  return {I32::loadu(hi), I32::loadu(lo)};
+#endif
+}
+
+inline Philox philox4x32_10(Philox c, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const HiLo a = mul_hi_lo(c.word[0], 0xD2511F53u), b = mul_hi_lo(c.word[2], 0xCD9E8D57u);
+    c = {b.hi ^ c.word[1] ^ I32(static_cast<int32_t>(key0)), b.lo,
+         a.hi ^ c.word[3] ^ I32(static_cast<int32_t>(key1)), a.lo};
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// Two normals from two words. The uniform under the logarithm has 31 bits and is never 0, so the
+// tail reaches 6.66σ; the angle has all 32.
+inline void box_muller(const I32& a, const I32& b, F32& n0, F32& n1) {
+  const I32 a31 = (a >> I32(1)) & I32(0x7fffffff);
+  const F32 u = fmadd(at::vec::convert_to_fp_of_same_size<float>(a31), F32(0x1p-31f), F32(0x1p-32f));
+  const F32 radius = (F32(-2.f) * log_unit(u)).sqrt();
+  const SinCos angle = sincospi(at::vec::convert_to_fp_of_same_size<float>(b) * F32(0x1p-31f));
+  n0 = radius * angle.cos;
+  n1 = radius * angle.sin;
+}
+
+// The normals of elements [block · 64, block · 64 + 64).
+inline void normal_block(uint64_t seed, uint64_t block, float* out) {
+  alignas(64) static constexpr int32_t iota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const uint64_t first = block * 16;  // a multiple of 16: adding a lane never carries
+  const I32 high(static_cast<int32_t>(first >> 32)), zero(0);
+  for (int lane = 0; lane < 16; lane += I32::size()) {
+    const I32 low = I32(static_cast<int32_t>(first)) + I32::loadu(iota + lane);
+    const Philox w = philox4x32_10({low, high, zero, zero}, static_cast<uint32_t>(seed),
+                                   static_cast<uint32_t>(seed >> 32));
+    F32 n[4];
+    box_muller(w.word[0], w.word[1], n[0], n[1]);
+    box_muller(w.word[2], w.word[3], n[2], n[3]);
+    for (int k = 0; k < 4; ++k) n[k].store(out + 16 * k + lane);
+  }
+}
+
+// A window on the stream: neighbouring requests are served from the normals already drawn.
+class Normals {
+ public:
+  static constexpr int64_t max_request = 1024;
+
+  explicit Normals(uint64_t seed) : seed_(seed) {}
+
+  // Elements [i, i + n), n ≤ max_request; valid until the next call.
+  const float* at(uint64_t i, int64_t n) {
+    if (i < begin_ || i + n > end_) {
+      begin_ = i - i % philox_block;
+      const uint64_t wanted = i + n - begin_;
+      // Short rows look ahead, so that one refill serves many of them.
+      end_ = begin_ + (wanted < look_ahead ? look_ahead
+                                           : (wanted + philox_block - 1) / philox_block * philox_block);
+      for (uint64_t e = begin_; e < end_; e += philox_block)
+        normal_block(seed_, e / philox_block, buffer_ + (e - begin_));
+    }
+    return buffer_ + (i - begin_);
+  }
+
+ private:
+  static constexpr int window = max_request + philox_block, look_ahead = 512;
+  uint64_t seed_, begin_ = 1, end_ = 0;
+  alignas(64) float buffer_[window];
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastvae

@@ -1,0 +1,214 @@
+// The only loop over elements of a likelihood: load, formula, mask, reduce along the row, store.
+//
+// A row is taken in tiles that fit the L1 cache. Inputs already in the compute type are read where
+// they lie; others (half precision, uint8, a constant per row) are staged in a tile-sized buffer, so
+// that one instantiation per formula and compute type serves every dtype.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include "kernels.h"
+#include "vec.h"
+
+#include "../formulas/all.h"
+
+namespace fastvae {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t tile = 1024;
+static_assert(row_chunk % tile == 0);
+// Elements below which a second thread costs more than it brings (about 5 µs to wake one).
+constexpr int64_t grain_elements = 8192;
+
+inline int64_t grain(int64_t elements_per_unit) {
+  return elements_per_unit >= grain_elements ? 1 : grain_elements / (elements_per_unit + 1) + 1;
+}
+
+template <class Fn>
+inline void with_dtype(DType dtype, Fn&& fn) {
+  switch (dtype) {
+    case DType::f64: return fn(double{});
+    case DType::f32: return fn(float{});
+    case DType::bf16: return fn(c10::BFloat16{});
+    case DType::f16: return fn(c10::Half{});
+    case DType::u8: return fn(uint8_t{});
+  }
+}
+
+template <class T>
+constexpr DType dtype_of = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+
+// Elements [col, col + n) of row `row` in the compute type: in place where possible, else in `buffer`.
+template <class T>
+inline const T* load_tile(const Operand& x, int64_t row, int64_t col, int64_t n, T* buffer) {
+  const int64_t start = (row % x.period) * x.row_stride + (x.per_row ? 0 : col);
+  if (x.dtype == dtype_of<T> && !x.per_row) return static_cast<const T*>(x.data) + start;
+  with_dtype(x.dtype, [&](auto s) {
+    using S = decltype(s);
+    const S* source = static_cast<const S*>(x.data) + start;
+    if (x.per_row) {
+      const T value = static_cast<T>(*source);
+      for (int64_t i = 0; i < n; ++i) buffer[i] = value;
+    } else {
+      at::vec::convert<S, T>(source, buffer, n);
+    }
+  });
+  return buffer;
+}
+
+// Where a tile of an output is written: in place, or in `buffer` until store_tile converts it.
+template <class T>
+inline T* output_tile(const Output& y, int64_t start, T* buffer) {
+  return y.dtype == dtype_of<T> ? static_cast<T*>(y.data) + start : buffer;
+}
+
+template <class T>
+inline void store_tile(const Output& y, int64_t start, int64_t n, const T* values) {
+  if (y.dtype == dtype_of<T>) return;
+  with_dtype(y.dtype, [&](auto s) {
+    using S = decltype(s);
+    at::vec::convert<T, S>(values, static_cast<S*>(y.data) + start, n);
+  });
+}
+
+// A sum along a tile: float lanes for at most 16 vectors, then double lanes. The order is fixed.
+template <class T>
+class TileSum {
+ public:
+  void add(const Vec<T>& v) {
+    lanes_ = lanes_ + v;
+    if (++count_ == 16) flush();
+  }
+  double total() {
+    flush();
+    double s = 0;
+    for (int j = 0; j < width; ++j) s += wide_[j];
+    return s;
+  }
+
+ private:
+  static constexpr int width = Vec<T>::size();
+  void flush() {
+    T lanes[width];
+    lanes_.store(lanes);
+    for (int j = 0; j < width; ++j) wide_[j] += static_cast<double>(lanes[j]);
+    lanes_ = Vec<T>(T(0));
+    count_ = 0;
+  }
+  Vec<T> lanes_ = Vec<T>(T(0));
+  double wide_[width] = {};
+  int count_ = 0;
+};
+
+template <class T>
+inline double sum_tile(const T* x, int64_t n) {
+  TileSum<T> sum;
+  for (int64_t i = 0; i < n; i += Vec<T>::size())
+    sum.add(Vec<T>::loadu(x + i, std::min<int64_t>(Vec<T>::size(), n - i)));
+  return sum.total();
+}
+
+// One tile: returns Σ value, writes scale · gradient where grad[j] is given, flags inputs outside
+// their domain. Partial vectors are loaded as zeros; zero lies in every domain.
+template <class F, class T, bool Grad>
+inline double formula_tile(const T* const* in, const T* mask, T* const* grad, int64_t n,
+                           const Vec<T>* options, T scale, unsigned& outside) {
+  using V = Vec<T>;
+  constexpr int64_t width = V::size();
+  const V zero(T(0)), one(T(1)), factor(scale);
+  TileSum<T> sum;
+  V inside[F::inputs];
+  for (V& v : inside) v = zero == zero;
+
+  auto step = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    V x[F::inputs];
+    for (int j = 0; j < F::inputs; ++j) x[j] = V::loadu(in[j] + i, count);
+    V keep = zero == zero;
+    if (mask) keep = V::loadu(mask + i, count) != zero;
+    for (int j = 0; j < F::inputs; ++j)
+      if (F::domain[j] == Domain::unit)
+        inside[j] = inside[j] & (((x[j] >= zero) & (x[j] <= one)) | (keep == zero));
+    auto r = F::template eval<V>(x, options);
+    if (mask) r.value = select(keep, r.value, zero);
+    sum.add(count == width ? r.value : V::set(zero, r.value, count));
+    if constexpr (Grad) {
+      for (int j = 0; j < F::inputs; ++j) {
+        if (!grad[j]) continue;
+        V g = factor * r.grad[j];
+        if (mask) g = select(keep, g, zero);
+        g.store(grad[j] + i, count);
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + width <= n; i += width) step(i, width);
+  if (i < n) step(i, n - i);
+
+  for (int j = 0; j < F::inputs; ++j)
+    if (inside[j].zero_mask() != 0) outside |= 1u << j;
+  return sum.total();
+}
+
+template <class F, class T, bool Grad>
+inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsigned& outside) {
+  using V = Vec<T>;
+  const int64_t per_row = chunks(a.cols);
+  alignas(64) T in_buffer[F::inputs][tile];
+  alignas(64) T grad_buffer[F::inputs][tile];
+  alignas(64) T mask_buffer[tile];
+  V options[max_options];
+  for (int k = 0; k < max_options; ++k) options[k] = num<V>(a.options[k]);
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t row = unit / per_row, first = unit % per_row * row_chunk;
+    const int64_t last = std::min(a.cols, first + row_chunk);
+    double scale = a.scale;
+    T weight;
+    if (Grad && a.weight.data) scale *= *load_tile(a.weight, row, 0, 1, &weight);
+    double sums[1 + max_inputs] = {};
+    for (int64_t col = first; col < last; col += tile) {
+      const int64_t n = std::min(tile, last - col), start = row * a.cols + col;
+      const T* in[F::inputs];
+      T* grad[F::inputs] = {};
+      for (int j = 0; j < F::inputs; ++j) {
+        in[j] = load_tile(a.in[j], row, col, n, in_buffer[j]);
+        if (!Grad) continue;
+        if (a.sum_grad[j]) grad[j] = grad_buffer[j];
+        if (a.grad[j].data) grad[j] = output_tile(a.grad[j], start, grad_buffer[j]);
+      }
+      const T* mask = a.mask.data ? load_tile(a.mask, row, col, n, mask_buffer) : nullptr;
+      sums[0] += formula_tile<F, T, Grad>(in, mask, grad, n, options, static_cast<T>(scale), outside);
+      for (int j = 0; j < F::inputs; ++j) {
+        if (!grad[j]) continue;
+        if (a.sum_grad[j])
+          sums[1 + j] += sum_tile(grad[j], n);
+        else
+          store_tile(a.grad[j], start, n, grad[j]);
+      }
+    }
+    std::memcpy(a.sums + unit * (1 + max_inputs), sums, sizeof sums);
+  }
+}
+
+template <class F, class T>
+inline void rowwise_formula(const RowwiseArgs& a) {
+  const int64_t units = a.rows * chunks(a.cols);
+  at::parallel_for(0, units, grain(std::min(a.cols, row_chunk)), [&](int64_t begin, int64_t end) {
+    unsigned outside = 0;
+    if (a.want_grad)
+      rowwise_range<F, T, true>(a, begin, end, outside);
+    else
+      rowwise_range<F, T, false>(a, begin, end, outside);
+    if (outside) __atomic_fetch_or(a.outside, outside, __ATOMIC_RELAXED);
+  });
+}
+
+inline void rowwise(const RowwiseArgs& a) {
+  with_formula(a.family, [&](auto formula) {
+    using F = decltype(formula);
+    a.use_double ? rowwise_formula<F, double>(a) : rowwise_formula<F, float>(a);
+  });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastvae

@@ -1,0 +1,26 @@
+// Every row formula. Include a vocabulary first: cpu/vec.h, cuda/math.h or aten_math.h.
+#pragma once
+
+#include "formula.h"
+#include "list.h"
+
+#include "bernoulli.h"
+#include "gaussian.h"
+#include "latent.h"
+
+namespace fastvae {
+
+// Calls f(Formula{}) for the formula that `family` names.
+template <class Fn>
+inline auto with_formula(Family family, Fn&& fn) {
+  switch (family) {
+#define FASTVAE_CASE(F) \
+  case Family::F:       \
+    return fn(F{});
+    FASTVAE_FORMULAS(FASTVAE_CASE)
+#undef FASTVAE_CASE
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace fastvae

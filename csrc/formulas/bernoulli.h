@@ -1,0 +1,42 @@
+// Bernoulli log-likelihoods, in nats; targets x may be anywhere in [0, 1].
+#pragma once
+
+namespace fastvae {
+
+// ln p(x | l) = x ln σ(l) + (1 − x) ln σ(−l).  No term cancels at x = 0 or x = 1, for any logit.
+struct Bernoulli {
+  static constexpr const char* name = "bernoulli";
+  static constexpr int inputs = 2;
+  static constexpr int options = 0;
+  static constexpr const char* input_names[] = {"x", "logits"};
+  static constexpr Domain domain[] = {Domain::unit, Domain::real};
+
+  template <class V>
+  static FASTVAE_INLINE Result<V, 2> eval(const V (&in)[2], const V*) {
+    const V &x = in[0], &logits = in[1];
+    const V not_x = num<V>(1) - x;
+    const auto s = logistic(logits);
+    return {x * s.log_p + not_x * s.log_q, {logits, x * s.q - not_x * s.p}};
+  }
+};
+
+// ln p(x | p) = x max(ln p, m) + (1 − x) max(ln(1 − p), m), with m = options[0].
+// The clamp and the floor of 1e-12 under the gradient are those of torch.nn.BCELoss (m = −100 there).
+struct BernoulliProbs {
+  static constexpr const char* name = "bernoulli_probs";
+  static constexpr int inputs = 2;
+  static constexpr int options = 1;
+  static constexpr const char* input_names[] = {"x", "probs"};
+  static constexpr Domain domain[] = {Domain::unit, Domain::unit};
+
+  template <class V>
+  static FASTVAE_INLINE Result<V, 2> eval(const V (&in)[2], const V* opt) {
+    const V &x = in[0], &p = in[1];
+    const V one = num<V>(1);
+    const V log_p = log_floor(p, opt[0]), log_q = log1p_floor(-p, opt[0]);
+    const V variance = max(p * (one - p), num<V>(1e-12));
+    return {x * log_p + (one - x) * log_q, {log_p - log_q, (x - p) / variance}};
+  }
+};
+
+}  // namespace fastvae

@@ -1,0 +1,25 @@
+// What every formula shares. A formula is a template on the number type V alone: a SIMD vector in the
+// CPU loop, a float in a CUDA kernel, an at::Tensor in the composite that serves double backward and
+// functorch. The vocabulary it calls (exp, logistic, phi_expm1, ...) is included before it:
+// cpu/vec.h, cuda/math.h or aten_math.h.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTVAE_INLINE __host__ __device__ __forceinline__
+#else
+#define FASTVAE_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fastvae {
+
+// Where an input must lie; the loop checks it while it has the value in a register.
+enum class Domain { real, unit };  // unit: [0, 1]
+
+// A formula's value per element and its derivative with respect to each of its N inputs.
+template <class V, int N>
+struct Result {
+  V value;
+  V grad[N];
+};
+
+}  // namespace fastvae

@@ -1,0 +1,37 @@
+// Gaussian log-likelihoods, in nats.
+#pragma once
+
+namespace fastvae {
+
+// ln p(x | m) = c − ½ w (x − m)², with w = options[0] = 1/scale² and c = options[1].
+struct Gaussian {
+  static constexpr const char* name = "gaussian";
+  static constexpr int inputs = 2;
+  static constexpr int options = 2;
+  static constexpr const char* input_names[] = {"x", "mean"};
+  static constexpr Domain domain[] = {Domain::real, Domain::real};
+
+  template <class V>
+  static FASTVAE_INLINE Result<V, 2> eval(const V (&in)[2], const V* opt) {
+    const V d = in[0] - in[1], wd = opt[0] * d;
+    return {opt[1] - num<V>(0.5) * wd * d, {-wd, wd}};
+  }
+};
+
+// ln p(x | m, lv) = −½ (lv + (x − m)² e^−lv) + c, with c = options[0].
+struct GaussianLogvar {
+  static constexpr const char* name = "gaussian_logvar";
+  static constexpr int inputs = 3;
+  static constexpr int options = 1;
+  static constexpr const char* input_names[] = {"x", "mean", "logvar"};
+  static constexpr Domain domain[] = {Domain::real, Domain::real, Domain::real};
+
+  template <class V>
+  static FASTVAE_INLINE Result<V, 3> eval(const V (&in)[3], const V* opt) {
+    const V half = num<V>(0.5), logvar = in[2];
+    const V d = in[0] - in[1], wd = exp(-logvar) * d, wdd = wd * d;
+    return {opt[0] - half * (logvar + wdd), {-wd, wd, half * (wdd - num<V>(1))}};
+  }
+};
+
+}  // namespace fastvae

@@ -1,0 +1,52 @@
+// The latent side: reparameterized sampling and the KL divergence between diagonal Gaussians, in nats.
+#pragma once
+
+namespace fastvae {
+
+// KL(N(μ, e^lv) ‖ N(0, 1)) = ½ (μ² + φ(lv)), φ(lv) = expm1(lv) − lv  (Kingma & Welling 2014, appendix B).
+struct StandardKL {
+  static constexpr const char* name = "standard_kl";
+  static constexpr int inputs = 2;
+  static constexpr int options = 0;
+  static constexpr const char* input_names[] = {"mu", "logvar"};
+  static constexpr Domain domain[] = {Domain::real, Domain::real};
+
+  template <class V>
+  static FASTVAE_INLINE Result<V, 2> eval(const V (&in)[2], const V*) {
+    const V half = num<V>(0.5), &mu = in[0];
+    const auto e = phi_expm1(in[1]);
+    return {half * (mu * mu + e.phi), {mu, half * e.expm1}};
+  }
+};
+
+// KL(N(μ, e^lv) ‖ N(μp, e^lvp)) = ½ (φ(lv − lvp) + (μ − μp)² e^−lvp).
+struct NormalKL {
+  static constexpr const char* name = "normal_kl";
+  static constexpr int inputs = 4;
+  static constexpr int options = 0;
+  static constexpr const char* input_names[] = {"mu", "logvar", "prior mu", "prior logvar"};
+  static constexpr Domain domain[] = {Domain::real, Domain::real, Domain::real, Domain::real};
+
+  template <class V>
+  static FASTVAE_INLINE Result<V, 4> eval(const V (&in)[4], const V*) {
+    const V half = num<V>(0.5), d = in[0] - in[2];
+    const V wd = exp(-in[3]) * d, wdd = wd * d;
+    const auto e = phi_expm1(in[1] - in[3]);
+    return {half * (e.phi + wdd), {wd, half * e.expm1, -wd, -half * (e.expm1 + wdd)}};
+  }
+};
+
+// z = μ + σ ε, σ = e^(lv/2).
+template <class V>
+FASTVAE_INLINE V sample(const V& mu, const V& logvar, const V& eps) {
+  return mu + exp(num<V>(0.5) * logvar) * eps;
+}
+
+// dlogvar of the sample, given Σ ε·dz over the samples drawn: ½ σ Σ ε dz  (dμ is Σ dz).
+template <class V>
+FASTVAE_INLINE V sample_dlogvar(const V& logvar, const V& eps_dz) {
+  const V half = num<V>(0.5);
+  return half * exp(half * logvar) * eps_dz;
+}
+
+}  // namespace fastvae

@@ -1,0 +1,345 @@
+// rsample, rsample_kl and kl_divergence: CPU implementations, autograd, routing.
+#include <ATen/CPUGeneratorImpl.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <mutex>
+
+#include "aten_math.h"
+#include "formulas/all.h"
+#include "rowwise.h"
+
+namespace fastvae {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Below autograd the KL is optional: rsample and rsample_kl are one kernel.
+using SampleResult = std::tuple<Tensor, Tensor>;
+
+Tensor seed_cpu(const Tensor&, std::optional<at::Generator> generator) {
+  auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> lock(g->mutex_);
+  const Tensor seed = at::empty({1}, at::kLong);
+  *seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(g->random64());
+  return seed;
+}
+
+void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples) {
+  check_cpu(mu, "mu");
+  check_cpu(logvar, "logvar");
+  check_cpu(seed, "seed");
+  check_floating(mu, "mu");
+  check_same_shape(mu, "mu", logvar, "logvar");
+  TORCH_CHECK_TYPE(mu.scalar_type() == logvar.scalar_type(), "mu and logvar must have the same dtype, got ",
+                   mu.scalar_type(), " and ", logvar.scalar_type());
+  TORCH_CHECK_VALUE(mu.dim() >= 1, "mu must have a batch dimension, got ", mu.sizes());
+  TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, "seed must be int64, got ", seed.scalar_type());
+  TORCH_CHECK_VALUE(seed.numel() == 1, "seed must hold one element, got ", seed.sizes());
+  TORCH_CHECK_VALUE(num_samples >= 1, "num_samples must be at least 1, got ", num_samples);
+}
+
+uint64_t seed_value(const Tensor& seed) { return static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()); }
+
+std::vector<int64_t> sample_sizes(const Tensor& mu, std::optional<int64_t> num_samples) {
+  std::vector<int64_t> sizes = mu.sizes().vec();
+  if (num_samples) sizes.insert(sizes.begin(), *num_samples);
+  return sizes;
+}
+
+SampleResult sample_cpu(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                        std::optional<int64_t> num_samples, int64_t sample_offset, bool want_kl) {
+  check_sampling(mu, logvar, seed, num_samples.value_or(1));
+  const auto compute = compute_type(mu.scalar_type());
+  const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
+  Tensor z = at::empty(sample_sizes(mu, num_samples), mu.options());
+  SampleArgs a{};
+  a.batch = mu.size(0);
+  a.cols = product(mu.sizes().slice(1));
+  a.num_samples = num_samples.value_or(1);
+  a.sample_offset = sample_offset;
+  a.use_double = compute == at::kDouble;
+  a.seed = seed_value(seed);
+  a.mu = mu_rows.operand;
+  a.logvar = logvar_rows.operand;
+  a.z = {z.mutable_data_ptr(), dtype_of(z)};
+  Tensor kl, partial;
+  const int64_t per_row = chunks(a.cols);
+  if (want_kl) {
+    partial = at::empty({a.batch, per_row}, at::kDouble);
+    a.kl = partial.mutable_data_ptr<double>();
+  }
+  kernels().sample(a);
+  if (want_kl) kl = per_row == 1 ? partial.view({a.batch}).to(compute) : partial.sum(1).to(compute);
+  return {z, kl};
+}
+
+Tensor rsample_cpu(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                   std::optional<int64_t> num_samples, int64_t sample_offset) {
+  return std::get<0>(sample_cpu(mu, logvar, seed, num_samples, sample_offset, false));
+}
+
+SampleResult rsample_kl_cpu(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                            std::optional<int64_t> num_samples, int64_t sample_offset) {
+  return sample_cpu(mu, logvar, seed, num_samples, sample_offset, true);
+}
+
+// ε alone: the sample of N(0, 1).
+Tensor noise_cpu(const Tensor& seed, at::IntArrayRef size, int64_t num_samples, int64_t sample_offset) {
+  const Tensor zero = at::zeros({1}, at::kFloat).expand({product(size)}).view(size);
+  return rsample_cpu(zero, zero, seed, num_samples, sample_offset);
+}
+
+std::tuple<Tensor, Tensor> rsample_backward_cpu(const OptTensor& grad_z, const OptTensor& grad_kl,
+                                                const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                                                std::optional<int64_t> num_samples, int64_t sample_offset) {
+  check_sampling(mu, logvar, seed, num_samples.value_or(1));
+  SampleBackwardArgs a{};
+  a.batch = mu.size(0);
+  a.cols = product(mu.sizes().slice(1));
+  a.num_samples = num_samples.value_or(1);
+  a.sample_offset = sample_offset;
+  a.use_double = mu.scalar_type() == at::kDouble;
+  a.seed = seed_value(seed);
+  const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
+  a.mu = mu_rows.operand;
+  a.logvar = logvar_rows.operand;
+  RowOperand grad_z_rows, grad_kl_rows;
+  if (grad_z) {
+    check_cpu(*grad_z, "grad_z");
+    check_floating(*grad_z, "grad_z");
+    TORCH_CHECK_VALUE(grad_z->sizes() == at::IntArrayRef(sample_sizes(mu, num_samples)),
+                      "grad_z must have the shape of z, got ", grad_z->sizes());
+    a.grad_z = (grad_z_rows = as_rows(*grad_z, num_samples ? 2 : 1)).operand;
+  }
+  if (grad_kl) {
+    check_cpu(*grad_kl, "grad_kl");
+    check_floating(*grad_kl, "grad_kl");
+    TORCH_CHECK_VALUE(grad_kl->dim() == 1 && grad_kl->size(0) == mu.size(0), "grad_kl must have shape [",
+                      mu.size(0), "], got ", grad_kl->sizes());
+    a.grad_kl = (grad_kl_rows = as_rows(*grad_kl, 1)).operand;
+  }
+  Tensor grad_mu = at::empty(mu.sizes(), mu.options()), grad_logvar = at::empty(mu.sizes(), mu.options());
+  a.grad_mu = {grad_mu.mutable_data_ptr(), dtype_of(grad_mu)};
+  a.grad_logvar = {grad_logvar.mutable_data_ptr(), dtype_of(grad_logvar)};
+  kernels().sample_backward(a);
+  return {grad_mu, grad_logvar};
+}
+
+std::vector<Tensor> kl_inputs(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
+                              const OptTensor& prior_logvar) {
+  TORCH_CHECK_VALUE(prior_mu.has_value() == prior_logvar.has_value(),
+                    "prior must be a pair (mu, logvar), got only one of them");
+  std::vector<Tensor> inputs{mu, logvar};
+  if (prior_mu) inputs.insert(inputs.end(), {*prior_mu, *prior_logvar});
+  for (const Tensor& t : inputs) check_same_shape(t, "every input of kl_divergence", mu, "mu");
+  return inputs;
+}
+
+Spec kl_spec(size_t inputs) { return {inputs == 2 ? Family::StandardKL : Family::NormalKL, {}}; }
+
+Tensor kl_divergence_cpu(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
+                         const OptTensor& prior_logvar) {
+  check_floating(mu, "mu");
+  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
+  return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, {}, 1.0, {}).value;
+}
+
+std::vector<Tensor> kl_divergence_backward_cpu(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
+                                               const OptTensor& prior_mu, const OptTensor& prior_logvar,
+                                               std::array<bool, max_inputs> needs) {
+  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
+  const Needs list(needs.begin(), needs.begin() + inputs.size());
+  return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, grad, 1.0, list).grads;
+}
+
+// --- calls through the dispatcher, for tracing and for other devices --------------------------------
+
+template <class Fn>
+auto typed_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Fn>();
+}
+
+// --- composites ------------------------------------------------------------------------------------
+
+Tensor noise_like(const Tensor& mu, const Tensor& seed, std::optional<int64_t> num_samples, int64_t offset) {
+  static const auto op = typed_op<decltype(noise_cpu)>("fastvae::noise");
+  const Tensor eps = op.call(seed, mu.sizes(), num_samples.value_or(1), offset);
+  return num_samples ? eps : eps.squeeze(0);
+}
+
+Tensor rsample_composite(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                         std::optional<int64_t> num_samples, int64_t sample_offset) {
+  const auto compute = compute_type(mu.scalar_type());
+  const Tensor eps = noise_like(mu, seed, num_samples, sample_offset).to(compute);
+  return sample<Tensor>(mu.to(compute), logvar.to(compute), eps).to(mu.scalar_type());
+}
+
+Tensor kl_divergence_composite(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
+                               const OptTensor& prior_logvar) {
+  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
+  return rowwise_composite(kl_spec(inputs.size()), inputs, {});
+}
+
+SampleResult rsample_kl_composite(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                                  std::optional<int64_t> num_samples, int64_t sample_offset) {
+  return {rsample_composite(mu, logvar, seed, num_samples, sample_offset),
+          kl_divergence_composite(mu, logvar, {}, {})};
+}
+
+// --- autograd --------------------------------------------------------------------------------------
+
+OptTensor defined(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
+
+// The backward of rsample and rsample_kl; ε is drawn again, nothing but the inputs was saved.
+variable_list sample_grads(AutogradContext* ctx, const Tensor& grad_z, const Tensor& grad_kl) {
+  const auto saved = ctx->get_saved_variables();
+  const Tensor &mu = saved[0], &logvar = saved[1], &seed = saved[2];
+  const auto num_samples = ctx->saved_data["num_samples"].toOptional<int64_t>();
+  const int64_t offset = ctx->saved_data["sample_offset"].toInt();
+  variable_list grads(5);
+  if (!grad_z.defined() && !grad_kl.defined()) return grads;
+  if (at::GradMode::is_enabled() && any_requires_grad({grad_z, grad_kl, mu, logvar})) {
+    // Double backward: the same formulas on tensors.
+    const auto compute = compute_type(mu.scalar_type());
+    const Tensor lv = logvar.to(compute);
+    Tensor g_mu = at::zeros_like(mu, compute), g_logvar = at::zeros_like(lv);
+    if (grad_z.defined()) {
+      const Tensor dz = grad_z.to(compute), eps_dz = dz * noise_like(mu, seed, num_samples, offset);
+      g_mu = num_samples ? dz.sum(0) : dz;
+      g_logvar = sample_dlogvar<Tensor>(lv, num_samples ? eps_dz.sum(0) : eps_dz);
+    }
+    g_mu = g_mu.to(mu.scalar_type());
+    g_logvar = g_logvar.to(mu.scalar_type());
+    if (grad_kl.defined()) {
+      auto kl = rowwise_composite_grads(kl_spec(2), {mu, logvar}, {}, grad_kl, {true, true});
+      g_mu = g_mu + kl[0];
+      g_logvar = g_logvar + kl[1];
+    }
+    grads[0] = g_mu;
+    grads[1] = g_logvar;
+    return grads;
+  }
+  at::AutoDispatchBelowAutograd guard;
+  static const auto op = typed_op<decltype(rsample_backward_cpu)>("fastvae::rsample_backward");
+  std::tie(grads[0], grads[1]) =
+      op.call(defined(grad_z), defined(grad_kl), mu, logvar, seed, num_samples, offset);
+  return grads;
+}
+
+void save_sample(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                 std::optional<int64_t> num_samples, int64_t sample_offset) {
+  ctx->set_materialize_grads(false);
+  ctx->save_for_backward({mu, logvar, seed});
+  ctx->saved_data["num_samples"] = num_samples;
+  ctx->saved_data["sample_offset"] = sample_offset;
+}
+
+struct Rsample : torch::autograd::Function<Rsample> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                        std::optional<int64_t> num_samples, int64_t sample_offset) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    save_sample(ctx, mu, logvar, seed, num_samples, sample_offset);
+    static const auto op = typed_op<decltype(rsample_cpu)>("fastvae::rsample");
+    return op.call(mu, logvar, seed, num_samples, sample_offset);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    return sample_grads(ctx, upstream[0], Tensor());
+  }
+};
+
+struct RsampleKL : torch::autograd::Function<RsampleKL> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                               std::optional<int64_t> num_samples, int64_t sample_offset) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    save_sample(ctx, mu, logvar, seed, num_samples, sample_offset);
+    static const auto op = typed_op<decltype(rsample_kl_cpu)>("fastvae::rsample_kl");
+    auto [z, kl] = op.call(mu, logvar, seed, num_samples, sample_offset);
+    return {z, kl};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    return sample_grads(ctx, upstream[0], upstream[1]);
+  }
+};
+
+struct KLDivergence : torch::autograd::Function<KLDivergence> {
+  static Tensor forward(AutogradContext* ctx, at::TensorList inputs) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward(variable_list(inputs.begin(), inputs.end()));
+    static const auto op = typed_op<decltype(kl_divergence_cpu)>("fastvae::kl_divergence");
+    return inputs.size() == 2 ? op.call(inputs[0], inputs[1], {}, {})
+                              : op.call(inputs[0], inputs[1], inputs[2], inputs[3]);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const auto inputs = ctx->get_saved_variables();
+    const size_t count = inputs.size();
+    variable_list out(count);
+    if (!upstream[0].defined()) return out;
+    Needs needs(count);
+    for (size_t j = 0; j < count; ++j) needs[j] = ctx->needs_input_grad(j);
+    std::vector<Tensor> grads;
+    if (at::GradMode::is_enabled() && (upstream[0].requires_grad() || any_requires_grad(inputs))) {
+      grads = rowwise_composite_grads(kl_spec(count), inputs, {}, upstream[0], needs);
+    } else {
+      at::AutoDispatchBelowAutograd guard;
+      static const auto op = typed_op<decltype(kl_divergence_backward_cpu)>("fastvae::kl_divergence_backward");
+      std::array<bool, max_inputs> flags{};
+      std::copy(needs.begin(), needs.end(), flags.begin());
+      const bool prior = count == 4;
+      grads = op.call(upstream[0], inputs[0], inputs[1], prior ? OptTensor(inputs[2]) : std::nullopt,
+                      prior ? OptTensor(inputs[3]) : std::nullopt, flags);
+    }
+    for (size_t j = 0, k = 0; j < count; ++j)
+      if (needs[j]) out[j] = grads[k++];
+    return out;
+  }
+};
+
+Tensor rsample_autograd(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                        std::optional<int64_t> num_samples, int64_t sample_offset) {
+  if (needs_composite({mu, logvar})) return rsample_composite(mu, logvar, seed, num_samples, sample_offset);
+  return Rsample::apply(mu, logvar, seed, num_samples, sample_offset);
+}
+
+SampleResult rsample_kl_autograd(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                                 std::optional<int64_t> num_samples, int64_t sample_offset) {
+  if (needs_composite({mu, logvar}))
+    return rsample_kl_composite(mu, logvar, seed, num_samples, sample_offset);
+  auto out = RsampleKL::apply(mu, logvar, seed, num_samples, sample_offset);
+  return {out[0], out[1]};
+}
+
+Tensor kl_divergence_autograd(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
+                              const OptTensor& prior_logvar) {
+  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
+  if (needs_composite(inputs)) return kl_divergence_composite(mu, logvar, prior_mu, prior_logvar);
+  return KLDivergence::apply(at::TensorList(inputs));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
+  m.impl("seed", seed_cpu);
+  m.impl("noise", noise_cpu);
+  m.impl("rsample", rsample_cpu);
+  m.impl("rsample_kl", rsample_kl_cpu);
+  m.impl("rsample_backward", rsample_backward_cpu);
+  m.impl("kl_divergence", kl_divergence_cpu);
+  m.impl("kl_divergence_backward", kl_divergence_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
+  m.impl("seed", torch::CppFunction::makeFallthrough());  // integers: nothing to differentiate
+  m.impl("noise", torch::CppFunction::makeFallthrough());
+  m.impl("rsample", rsample_autograd);
+  m.impl("rsample_kl", rsample_kl_autograd);
+  m.impl("kl_divergence", kl_divergence_autograd);
+}
+
+TORCH_LIBRARY_IMPL(fastvae, FuncTorchBatchedDecomposition, m) {
+  m.impl("rsample", rsample_composite);
+  m.impl("rsample_kl", rsample_kl_composite);
+  m.impl("kl_divergence", kl_divergence_composite);
+}
+
+}  // namespace fastvae

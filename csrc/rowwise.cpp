@@ -1,0 +1,207 @@
+#include "rowwise.h"
+
+#include "aten_math.h"
+
+#include "formulas/all.h"
+
+namespace fastvae {
+
+int input_count(Family family) {
+  return with_formula(family, [](auto f) { return decltype(f)::inputs; });
+}
+
+std::vector<std::string> likelihood_names() {
+  return {
+#define FASTVAE_NAME(F) F::name,
+      FASTVAE_LIKELIHOODS(FASTVAE_NAME)
+#undef FASTVAE_NAME
+  };
+}
+
+Spec make_spec(c10::string_view family, at::ArrayRef<double> options) {
+#define FASTVAE_MATCH(F)                                                                             \
+  if (family == F::name) {                                                                           \
+    TORCH_CHECK_VALUE(options.size() == F::options, F::name, " takes ", F::options,                  \
+                      " options, got ", options.size());                                             \
+    return {Family::F, options.vec()};                                                               \
+  }
+  FASTVAE_LIKELIHOODS(FASTVAE_MATCH)
+#undef FASTVAE_MATCH
+  TORCH_CHECK_VALUE(false, "likelihood must be one of ", likelihood_names(), ", got ", family);
+}
+
+namespace {
+
+void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
+                  const OptTensor& weight, const Needs& needs) {
+  with_formula(spec.family, [&](auto f) {
+    using F = decltype(f);
+    TORCH_CHECK_VALUE(inputs.size() == F::inputs, F::name, " takes ", F::inputs - 1,
+                      " parameters, got ", static_cast<int64_t>(inputs.size()) - 1);
+    TORCH_CHECK_VALUE(needs.empty() || needs.size() == F::inputs, "needs must have ", F::inputs,
+                      " entries, got ", needs.size());
+    const Tensor &x = inputs[0], &full = inputs[1];
+    const int64_t event = x.dim() - 1, lead = full.dim() - event;
+    TORCH_CHECK_VALUE(event >= 0 && (lead == 1 || lead == 2) && full.sizes().slice(lead - 1) == x.sizes(),
+                      F::input_names[0], " must have the shape of ", F::input_names[1],
+                      ", with or without a leading sample dimension, got ", x.sizes(), " and ",
+                      full.sizes());
+    for (int j = 0; j < F::inputs; ++j) {
+      check_cpu(inputs[j], F::input_names[j]);
+      if (j == 0) continue;
+      check_floating(inputs[j], F::input_names[j]);
+      bool per_row = inputs[j].numel() == 1;
+      if (!per_row && inputs[j].dim() == full.dim()) {
+        per_row = inputs[j].sizes().slice(0, lead) == full.sizes().slice(0, lead);
+        for (int64_t d = lead; d < full.dim(); ++d) per_row = per_row && inputs[j].size(d) == 1;
+      }
+      TORCH_CHECK_VALUE(per_row || inputs[j].sizes() == full.sizes(), F::input_names[j],
+                        " must have shape ", full.sizes(), " or be constant along each row, got ",
+                        inputs[j].sizes());
+    }
+    if (mask) {
+      check_cpu(*mask, "mask");
+      TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask must be bool, got ", mask->scalar_type());
+      check_same_shape(*mask, "mask", x, F::input_names[0]);
+    }
+    if (weight) {
+      check_cpu(*weight, "weight");
+      check_floating(*weight, "weight");
+      TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == x.size(0), "weight must have shape [",
+                        x.size(0), "], got ", weight->sizes());
+    }
+  });
+}
+
+[[noreturn]] void raise_outside(const Spec& spec, at::TensorList inputs, unsigned outside) {
+  with_formula(spec.family, [&](auto f) {
+    using F = decltype(f);
+    for (int j = 0; j < F::inputs; ++j) {
+      if (!(outside >> j & 1)) continue;
+      const Tensor t = inputs[j].to(at::kDouble);
+      TORCH_CHECK_VALUE(false, F::input_names[j], " must lie in [0, 1] for ", F::name, ", got values in [",
+                        t.min().item<double>(), ", ", t.max().item<double>(), "]");
+    }
+  });
+  __builtin_unreachable();
+}
+
+}  // namespace
+
+RowwiseResult rowwise_cpu(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
+                          const OptTensor& weight, double scale, const Needs& needs) {
+  check_inputs(spec, inputs, mask, weight, needs);
+  const Tensor &x = inputs[0], &full = inputs[1];
+  const int64_t event = x.dim() - 1, lead = full.dim() - event;
+  const auto row_sizes = full.sizes().slice(0, lead);
+  const auto compute = compute_type(full.scalar_type());
+
+  RowwiseArgs a{};
+  a.family = spec.family;
+  a.rows = product(row_sizes);
+  a.cols = product(full.sizes().slice(lead));
+  a.use_double = compute == at::kDouble;
+  a.scale = scale;
+  std::copy(spec.options.begin(), spec.options.end(), a.options);
+  RowOperand operands[max_inputs], mask_rows, weight_rows;
+  for (size_t j = 0; j < inputs.size(); ++j) {
+    const Tensor& t = inputs[j];
+    const bool scalar = t.numel() == 1 && t.dim() != full.dim();
+    const Tensor view = scalar ? t.reshape({1}) : t;
+    operands[j] = as_rows(view, scalar ? 1 : view.dim() - event);
+    a.in[j] = operands[j].operand;
+  }
+  if (mask) a.mask = (mask_rows = as_rows(*mask, 1)).operand;
+  if (weight) a.weight = (weight_rows = as_rows(*weight, 1)).operand;
+
+  RowwiseResult result;
+  for (size_t j = 0; j < needs.size(); ++j) {
+    if (!needs[j]) continue;
+    a.want_grad = true;
+    if (j > 0 && inputs[j].sizes() != full.sizes()) {
+      a.sum_grad[j] = true;
+      std::vector<int64_t> sizes(row_sizes.begin(), row_sizes.end());
+      sizes.resize(full.dim(), 1);
+      result.grads.push_back(at::empty(sizes, full.options().dtype(compute)));
+    } else {
+      result.grads.push_back(at::empty(full.sizes(), inputs[j].options()));
+      a.grad[j] = {result.grads.back().mutable_data_ptr(), dtype_of(inputs[j])};
+    }
+  }
+  const int64_t per_row = chunks(a.cols), width = 1 + max_inputs;
+  const Tensor sums = at::empty({a.rows * per_row, width}, at::kDouble);
+  unsigned outside = 0;
+  a.sums = sums.mutable_data_ptr<double>();
+  a.outside = &outside;
+  kernels().rowwise(a);
+  if (outside) raise_outside(spec, inputs, outside);
+
+  // Combine the chunks of each row, in order.
+  auto column = [&](int64_t k, const Tensor& out) {
+    AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "fastvae_rowwise", [&] {
+      auto* p = out.mutable_data_ptr<scalar_t>();
+      for (int64_t r = 0; r < a.rows; ++r) {
+        double s = 0;
+        for (int64_t c = 0; c < per_row; ++c) s += a.sums[(r * per_row + c) * width + k];
+        p[r] = static_cast<scalar_t>(s);
+      }
+    });
+  };
+  result.value = at::empty(row_sizes, full.options().dtype(compute));
+  column(0, result.value);
+  for (size_t j = 0, k = 0; j < needs.size(); ++j) {
+    if (!needs[j]) continue;
+    if (a.sum_grad[j]) column(1 + j, result.grads[k]);
+    ++k;
+  }
+  return result;
+}
+
+namespace {
+
+Tensor apply_mask(const Tensor& t, const OptTensor& mask) {
+  return mask ? at::where(*mask, t, at::zeros({}, t.options())) : t;
+}
+
+// Evaluates the formula on whole tensors in the compute dtype. Masked elements are zeroed first:
+// a NaN there would come back through the product with a zero gradient.
+template <class Fn>
+auto evaluate(const Spec& spec, at::TensorList inputs, const OptTensor& mask, Fn&& use) {
+  return with_formula(spec.family, [&](auto f) {
+    using F = decltype(f);
+    const auto compute = compute_type(inputs[1].scalar_type());
+    Tensor in[F::inputs], options[max_options];
+    for (int j = 0; j < F::inputs; ++j) {
+      in[j] = inputs[j].to(compute);
+      if (mask && (j == 0 || inputs[j].sizes() == inputs[1].sizes())) in[j] = apply_mask(in[j], mask);
+    }
+    for (size_t k = 0; k < spec.options.size(); ++k) options[k] = num<Tensor>(spec.options[k]);
+    Result<Tensor, F::inputs> r = F::template eval<Tensor>(in, options);
+    return use(r.value, at::TensorList(r.grad, F::inputs));
+  });
+}
+
+}  // namespace
+
+Tensor rowwise_composite(const Spec& spec, at::TensorList inputs, const OptTensor& mask) {
+  return evaluate(spec, inputs, mask, [&](const Tensor& value, at::TensorList) {
+    const Tensor v = apply_mask(value, mask);
+    std::vector<int64_t> event;
+    for (int64_t d = inputs[1].dim() - inputs[0].dim() + 1; d < inputs[1].dim(); ++d) event.push_back(d);
+    return event.empty() ? v : v.sum(event);
+  });
+}
+
+std::vector<Tensor> rowwise_composite_grads(const Spec& spec, at::TensorList inputs,
+                                            const OptTensor& mask, const Tensor& factor,
+                                            const Needs& needs) {
+  return evaluate(spec, inputs, mask, [&](const Tensor&, at::TensorList grads) {
+    const Tensor f = unsqueeze_event(factor, inputs[0].dim() - 1);
+    std::vector<Tensor> out;
+    for (size_t j = 0; j < needs.size(); ++j)
+      if (needs[j]) out.push_back(reduce_to(apply_mask(grads[j] * f, mask), inputs[j]));
+    return out;
+  });
+}
+
+}  // namespace fastvae

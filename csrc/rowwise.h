@@ -1,0 +1,39 @@
+// Row formulas on tensors: the fused CPU kernel, and the same formula as a composite of ATen ops.
+#pragma once
+
+#include "common.h"
+
+namespace fastvae {
+
+// A formula with its options. Its inputs are a list: [x, parameters...] for a likelihood.
+struct Spec {
+  Family family;
+  std::vector<double> options;
+};
+
+// Resolves a name; raises ValueError that lists the known ones.
+Spec make_spec(c10::string_view family, at::ArrayRef<double> options);
+int input_count(Family family);
+std::vector<std::string> likelihood_names();
+
+struct RowwiseResult {
+  Tensor value;                // [rows...]: the sum over the event dimensions
+  std::vector<Tensor> grads;   // one per needed input, scaled; [rows..., event...], or
+                               // [rows..., 1, ...] for an input that is constant along each row
+};
+
+// inputs[0] is [B, *event]; inputs[1] has the full shape, [B, *event] or [K, B, *event]; later ones
+// have that or are constant along each row. Gradients are multiplied by scale · weight[b].
+RowwiseResult rowwise_cpu(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
+                          const OptTensor& weight, double scale, const Needs& needs);
+
+// The value, differentiable to any order.
+Tensor rowwise_composite(const Spec& spec, at::TensorList inputs, const OptTensor& mask);
+
+// The gradients times `factor` (a scalar or [rows...]), reduced to the inputs' shapes, themselves
+// differentiable.
+std::vector<Tensor> rowwise_composite_grads(const Spec& spec, at::TensorList inputs,
+                                            const OptTensor& mask, const Tensor& factor,
+                                            const Needs& needs);
+
+}  // namespace fastvae

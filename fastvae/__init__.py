@@ -1,0 +1,29 @@
+"""fastvae: fused kernels for the evidence lower bound of variational autoencoders."""
+
+from fastvae import likelihoods
+from fastvae._backends import Backend, Terms, backends
+from fastvae.functional import (
+    elbo_loss,
+    elbo_terms,
+    kl_divergence,
+    log_likelihood,
+    rsample,
+    rsample_kl,
+)
+from fastvae.modules import ELBOLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "ELBOLoss",
+    "Terms",
+    "backends",
+    "elbo_loss",
+    "elbo_terms",
+    "kl_divergence",
+    "likelihoods",
+    "log_likelihood",
+    "rsample",
+    "rsample_kl",
+]

@@ -1,0 +1,73 @@
+"""What the backends share."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastvae.likelihoods import Likelihood
+
+
+class Backend(NamedTuple):
+    """Whether a backend can serve, and what it is or why it can't."""
+
+    available: bool
+    detail: str
+
+
+class Terms(NamedTuple):
+    """The negative ELBO and its parts, reduced alike: loss = beta · kl − log_likelihood (nats)."""
+
+    loss: Tensor
+    log_likelihood: Tensor
+    kl: Tensor
+
+
+Prior = tuple[Tensor, Tensor]
+
+
+class Ops(Protocol):
+    """The functions that every backend module has. Arguments are validated by functional.py."""
+
+    def status(self) -> Backend: ...
+    def rsample(
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        num_samples: int | None,
+        generator: torch.Generator | None,
+        sample_offset: int,
+    ) -> Tensor: ...
+    def rsample_kl(
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        num_samples: int | None,
+        generator: torch.Generator | None,
+        sample_offset: int,
+    ) -> tuple[Tensor, Tensor]: ...
+    def kl_divergence(self, mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor: ...
+    def log_likelihood(
+        self, x: Tensor, params: tuple[Tensor, ...], likelihood: Likelihood, mask: Tensor | None
+    ) -> Tensor: ...
+    def elbo(
+        self,
+        x: Tensor,
+        params: tuple[Tensor, ...],
+        kl: Tensor,
+        likelihood: Likelihood,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        beta: float,
+        reduction: str,
+    ) -> Terms: ...
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values of this dtype are computed in: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, …) is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,0 +1,144 @@
+"""torch.ops.fastvae for tracing: what each operator returns, without running it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastvae._backends._common import compute_dtype
+
+register = torch.library.register_fake
+
+
+@register("fastvae::seed")
+def _seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    return like.new_empty(1, dtype=torch.int64)
+
+
+@register("fastvae::noise")
+def _noise(seed: Tensor, size: Sequence[int], num_samples: int, sample_offset: int) -> Tensor:
+    return seed.new_empty(num_samples, *size, dtype=torch.float32)
+
+
+def _sample_like(mu: Tensor, num_samples: int | None) -> Tensor:
+    return mu.new_empty(mu.shape if num_samples is None else (num_samples, *mu.shape))
+
+
+def _rows(t: Tensor, lead: int = 1) -> Tensor:
+    return t.new_empty(t.shape[:lead], dtype=compute_dtype(t.dtype))
+
+
+@register("fastvae::rsample")
+def _rsample(
+    mu: Tensor, logvar: Tensor, seed: Tensor, num_samples: int | None = None, sample_offset: int = 0
+) -> Tensor:
+    return _sample_like(mu, num_samples)
+
+
+@register("fastvae::rsample_kl")
+def _rsample_kl(
+    mu: Tensor, logvar: Tensor, seed: Tensor, num_samples: int | None = None, sample_offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    return _sample_like(mu, num_samples), _rows(mu)
+
+
+@register("fastvae::rsample_backward")
+def _rsample_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    num_samples: int | None,
+    sample_offset: int,
+) -> tuple[Tensor, Tensor]:
+    return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
+
+
+@register("fastvae::kl_divergence")
+def _kl_divergence(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+) -> Tensor:
+    return _rows(mu)
+
+
+@register("fastvae::kl_divergence_backward")
+def _kl_divergence_backward(
+    grad: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    inputs = (mu, logvar, prior_mu, prior_logvar)
+    return [
+        t.new_empty(t.shape)
+        for t, need in zip(inputs, needs, strict=True)
+        if need and t is not None
+    ]
+
+
+@register("fastvae::log_likelihood_forward")
+def _log_likelihood_forward(
+    x: Tensor,
+    params: Sequence[Tensor],
+    family: str,
+    options: Sequence[float],
+    mask: Tensor | None,
+    weight: Tensor | None,
+    scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    full = params[0]
+    event_dims = x.dim() - 1
+    lead = full.dim() - event_dims
+    grads = []
+    for j, t in enumerate((x, *params)):
+        if not needs[j]:
+            continue
+        if j == 0 or t.shape == full.shape:
+            grads.append(full.new_empty(full.shape, dtype=t.dtype))
+        else:  # constant along each row: one value per row
+            shape = (*full.shape[:lead], *[1] * event_dims)
+            grads.append(full.new_empty(shape, dtype=compute_dtype(full.dtype)))
+    return _rows(full, lead), grads
+
+
+@register("fastvae::log_likelihood")
+def _log_likelihood(
+    x: Tensor,
+    params: Sequence[Tensor],
+    family: str,
+    options: Sequence[float],
+    mask: Tensor | None = None,
+) -> Tensor:
+    return _rows(params[0], params[0].dim() - x.dim() + 1)
+
+
+@register("fastvae::elbo_reduce")
+def _elbo_reduce(
+    log_likelihood: Tensor, kl: Tensor, weight: Tensor | None, beta: float, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(compute_dtype(log_likelihood.dtype), compute_dtype(kl.dtype))
+    shape = kl.shape if reduction == "none" else ()
+    loss, ll, kl_out = (log_likelihood.new_empty(shape, dtype=dtype) for _ in range(3))
+    return loss, ll, kl_out
+
+
+@register("fastvae::elbo")
+def _elbo(
+    x: Tensor,
+    params: Sequence[Tensor],
+    kl: Tensor,
+    family: str,
+    options: Sequence[float],
+    mask: Tensor | None,
+    weight: Tensor | None,
+    beta: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _elbo_reduce(_rows(params[0]), kl, weight, beta, reduction)

@@ -1,0 +1,393 @@
+"""The public functions: validation, broadcasting, choice of backend; no maths.
+
+Dimension 0 is the batch; all others are event dimensions and are summed. Values are in nats.
+float64 is computed and returned in float64; float32, bfloat16 and float16 are computed in float32,
+and sums come back in float32. Gradients have the dtype of their input.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastvae import likelihoods
+from fastvae._backends import Prior, Terms, select
+from fastvae.likelihoods import Likelihood
+
+Recon = Tensor | Sequence[Tensor]
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def rsample(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    num_samples: int | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Draws z = μ + e^(logvar/2) ε, ε ~ N(0, I), differentiable in μ and logvar.
+
+    The reparameterization trick (Kingma & Welling 2014, section 2.4). ε is never stored: it is a
+    function of a seed drawn from torch's generator and of the element's index, and backward draws
+    it again. It is a float32 number for every dtype.
+
+    Args:
+        mu: mean, [B, *event].
+        logvar: ln σ², the same shape, dtype and device.
+        num_samples: K draws for each row, in a leading dimension.
+        generator: source of the seed; torch's default one if left out.
+        sample_offset: the row's index in the stream at which this batch starts, so that parts of a
+            batch draw as the whole would under one seed.
+        backend: "auto", "cpp", "triton" or "eager".
+
+    Returns:
+        z, [B, *event] or [K, B, *event], in mu's dtype.
+
+    Raises:
+        ValueError: shapes or devices differ, num_samples < 1, unknown or unavailable backend.
+        TypeError: mu or logvar is not a floating tensor, or their dtypes differ.
+    """
+    _check_latent(mu, logvar)
+    _check_sampling(num_samples, generator, sample_offset)
+    ops = select(backend, mu.device)
+    return ops.rsample(mu, logvar, num_samples, generator, sample_offset)
+
+
+def rsample_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    prior: Prior | None = None,
+    num_samples: int | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`rsample` and `kl_divergence` in one pass over mu and logvar.
+
+    With a `prior` the two are computed one after the other. Arguments and errors are theirs.
+
+    Returns:
+        z as from `rsample` (the same draws under the same seed), and kl [B] in nats.
+    """
+    _check_latent(mu, logvar)
+    _check_sampling(num_samples, generator, sample_offset)
+    ops = select(backend, mu.device)
+    if prior is None:
+        return ops.rsample_kl(mu, logvar, num_samples, generator, sample_offset)
+    expanded = _expand_prior(prior, mu)
+    z = ops.rsample(mu, logvar, num_samples, generator, sample_offset)
+    return z, ops.kl_divergence(mu, logvar, expanded)
+
+
+def kl_divergence(
+    mu: Tensor, logvar: Tensor, *, prior: Prior | None = None, backend: str = "auto"
+) -> Tensor:
+    """KL(N(μ, e^logvar) ‖ prior) per sample, in nats (Kingma & Welling 2014, appendix B).
+
+    Accurate near the prior too: e^lv − 1 − lv is not computed as that difference.
+
+    Args:
+        mu: mean, [B, *event].
+        logvar: ln σ², the same shape, dtype and device.
+        prior: (mu, logvar) of a diagonal normal, each broadcastable to mu's shape; N(0, I) if left
+            out. Gradients flow to it.
+        backend: "auto", "cpp", "triton" or "eager".
+
+    Returns:
+        kl, [B]; summed over the event dimensions.
+
+    Raises:
+        ValueError: shapes or devices don't fit, unknown or unavailable backend.
+        TypeError: not floating tensors, or dtypes differ.
+    """
+    _check_latent(mu, logvar)
+    expanded = None if prior is None else _expand_prior(prior, mu)
+    return select(backend, mu.device).kl_divergence(mu, logvar, expanded)
+
+
+def log_likelihood(
+    x: Tensor,
+    recon: Recon,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """ln p(x | recon) per sample, in nats; its gradient is computed in the same pass.
+
+    Args:
+        x: targets, [B, *event]; floating, uint8 or bool.
+        recon: what the decoder gives: a tensor, or one tensor per parameter of the family. The
+            first has shape [B, *event] or [K, B, *event]; the others broadcast to it. x is never
+            expanded to K.
+        likelihood: a name in ``fastvae.likelihoods.registry`` or an object.
+        mask: bool, broadcastable to x. False leaves the element out: value and gradient are 0
+            whatever is stored there.
+        backend: "auto", "cpp", "triton" or "eager".
+
+    Returns:
+        [B] or [K, B]; summed over the event dimensions.
+
+    Raises:
+        ValueError: shapes or devices don't fit; x or probabilities outside the family's domain
+            (CPU tensors; elsewhere a check would stall the device); wrong number of parameters;
+            unknown likelihood or backend.
+        TypeError: wrong types or dtypes.
+    """
+    family = likelihoods.get(likelihood)
+    params = _check_recon(x, recon, family)
+    return select(backend, x.device).log_likelihood(x, params, family, _check_mask(mask, x))
+
+
+def elbo_loss(
+    recon: Recon,
+    x: Tensor,
+    mu: Tensor | None = None,
+    logvar: Tensor | None = None,
+    *,
+    kl: Tensor | None = None,
+    likelihood: str | Likelihood = "bernoulli",
+    beta: float = 1.0,
+    reduction: str = "mean",
+    prior: Prior | None = None,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The negative evidence lower bound, in nats: what a VAE minimizes.
+
+    Per sample, w_b (β KL_b − mean over K of ln p(x_b | recon_kb)); with β = 1 the ELBO (Kingma &
+    Welling 2014, equation 7), otherwise the β-VAE objective (Higgins et al. 2017, equation 4).
+
+    Args:
+        recon: the decoder's output, as in `log_likelihood`.
+        x: targets, [B, *event].
+        mu, logvar: the encoder's output, [B, *latent]; or give `kl` instead.
+        kl: one value per sample, [B], as from `rsample_kl`.
+        likelihood: a name or an object.
+        beta: factor of the KL, ≥ 0.
+        reduction: "mean" over the batch, "sum", or "none" for one value per sample. An empty batch
+            gives 0.
+        prior: as in `kl_divergence`; only together with mu and logvar.
+        sample_weight: w, [B], floating; no gradient flows to it. "mean" stays the plain mean of
+            the weighted values.
+        mask: as in `log_likelihood`; it concerns the reconstruction alone.
+        backend: "auto", "cpp", "triton" or "eager".
+
+    Returns:
+        The loss: a scalar, or [B].
+
+    Raises:
+        ValueError, TypeError: as `log_likelihood` and `kl_divergence`; also for neither or both of
+            kl and (mu, logvar), an unknown reduction, a beta that is not finite and ≥ 0.
+    """
+    return elbo_terms(
+        recon, x, mu, logvar, kl=kl, likelihood=likelihood, beta=beta, reduction=reduction,
+        prior=prior, sample_weight=sample_weight, mask=mask, backend=backend,
+    ).loss  # fmt: skip
+
+
+def elbo_terms(
+    recon: Recon,
+    x: Tensor,
+    mu: Tensor | None = None,
+    logvar: Tensor | None = None,
+    *,
+    kl: Tensor | None = None,
+    likelihood: str | Likelihood = "bernoulli",
+    beta: float = 1.0,
+    reduction: str = "mean",
+    prior: Prior | None = None,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Terms:
+    """`elbo_loss` together with its parts, from the same pass.
+
+    Returns:
+        (loss, log_likelihood, kl), all reduced alike, so that loss = beta · kl − log_likelihood;
+        the last two are detached, for logging.
+    """
+    family = likelihoods.get(likelihood)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+    if not (math.isfinite(beta) and beta >= 0):
+        raise ValueError(f"beta must be finite and ≥ 0, got {beta}")
+    params = _check_recon(x, recon, family)
+    mask = _check_mask(mask, x)
+    weight = _check_per_sample("sample_weight", sample_weight, x)
+    ops = select(backend, x.device)
+    if kl is not None:
+        if mu is not None or logvar is not None or prior is not None:
+            raise ValueError("give either kl or mu, logvar (and prior), got both")
+        kl = _check_per_sample("kl", kl, x)
+    else:
+        if mu is None or logvar is None:
+            raise ValueError("mu and logvar, or kl, must be given, got neither pair complete")
+        _check_latent(mu, logvar)
+        if mu.shape[0] != x.shape[0] or mu.device != x.device:
+            raise ValueError(
+                f"mu and x must agree in batch size and device, got {_shape(mu)} on {mu.device} "
+                f"and {_shape(x)} on {x.device}"
+            )
+        kl = ops.kl_divergence(mu, logvar, None if prior is None else _expand_prior(prior, mu))
+    assert kl is not None
+    weight = None if weight is None else weight.detach()
+    return ops.elbo(x, params, kl, family, mask, weight, float(beta), reduction)
+
+
+# --- validation: once, here ------------------------------------------------------------------------
+
+
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def _check_floating(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+
+
+def _check_latent(mu: Tensor, logvar: Tensor) -> None:
+    _check_floating("mu", mu)
+    _check_floating("logvar", logvar)
+    if mu.shape != logvar.shape:
+        raise ValueError(
+            f"mu and logvar must have the same shape, got {_shape(mu)} and {_shape(logvar)}"
+        )
+    if mu.dtype != logvar.dtype:
+        raise TypeError(
+            f"mu and logvar must have the same dtype, got {mu.dtype} and {logvar.dtype}"
+        )
+    if mu.device != logvar.device:
+        raise ValueError(
+            f"mu and logvar must be on the same device, got {mu.device} and {logvar.device}"
+        )
+    if mu.dim() == 0:
+        raise ValueError("mu must have a batch dimension, got []")
+
+
+def _check_sampling(
+    num_samples: int | None, generator: torch.Generator | None, sample_offset: int
+) -> None:
+    if num_samples is not None:
+        _check_count("num_samples", num_samples, 1)
+    _check_count("sample_offset", sample_offset, 0)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
+    return t.dim() <= len(shape) and all(
+        a in (1, b) for a, b in zip(reversed(t.shape), reversed(shape), strict=False)
+    )
+
+
+def _expand_prior(prior: Prior, mu: Tensor) -> Prior:
+    if not isinstance(prior, (tuple, list)) or len(prior) != 2:
+        raise TypeError("prior must be a pair (mu, logvar) of tensors")
+    for name, t in zip(("prior mu", "prior logvar"), prior, strict=True):
+        _check_floating(name, t)
+        if t.dtype != mu.dtype:
+            raise TypeError(f"{name} must have mu's dtype {mu.dtype}, got {t.dtype}")
+        if t.device != mu.device:
+            raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
+        if not _broadcasts(t, mu.shape):
+            raise ValueError(f"{name} must broadcast to mu's shape {_shape(mu)}, got {_shape(t)}")
+    return prior[0].expand(mu.shape), prior[1].expand(mu.shape)
+
+
+def _check_recon(x: Tensor, recon: Recon, family: Likelihood) -> tuple[Tensor, ...]:
+    """The formula's parameters, each of the full shape or constant along each row."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATING and x.dtype not in (torch.uint8, torch.bool):
+        raise TypeError(f"x must be floating, uint8 or bool, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("x must have a batch dimension, got []")
+    given = (recon,) if isinstance(recon, Tensor) else recon
+    names = family.param_names
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(f"recon must be a tensor or a tuple of them, got {type(recon).__name__}")
+    if len(given) != len(names):
+        raise ValueError(
+            f"recon must hold {len(names)} for {family.family} ({', '.join(names)}), got {len(given)}"
+        )
+    for name, t in zip(names, given, strict=True):
+        _check_floating(name, t)
+    first = given[0]
+    if first.shape != x.shape and (first.dim() != x.dim() + 1 or first.shape[1:] != x.shape):
+        raise ValueError(
+            f"x and {names[0]} must have the same shape, the latter with a leading sample "
+            f"dimension if wanted, got x {_shape(x)} and {names[0]} {_shape(first)}"
+        )
+    if first.dim() > x.dim() and first.shape[0] == 0:
+        raise ValueError(f"{names[0]} must hold at least one sample, got {_shape(first)}")
+    params = family.params(tuple(given))
+    if len(params) == 1 and first.device == x.device:  # the common case
+        return params
+    fitted = [first]
+    for name, t in zip((*names, *["logvar"])[1:], params[1:], strict=False):
+        fitted.append(_fit(name, t, first, x.dim() - 1))
+    for name, t in zip((*names, *["logvar"]), fitted, strict=False):
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    return tuple(fitted)
+
+
+def _fit(name: str, t: Tensor, first: Tensor, event_dims: int) -> Tensor:
+    """Leaves a parameter that is full or constant along each row; expands any other."""
+    if t.shape == first.shape or t.numel() == 1:
+        return t
+    if not _broadcasts(t, first.shape):
+        raise ValueError(f"{name} must broadcast to shape {_shape(first)}, got {_shape(t)}")
+    lead = first.dim() - event_dims
+    if (
+        event_dims
+        and t.dim() == first.dim()
+        and t.shape[:lead] == first.shape[:lead]
+        and t.shape[lead:].numel() == 1
+    ):
+        return t
+    return t.expand(first.shape)
+
+
+def _check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, got {kind}")
+    if mask.device != x.device:
+        raise ValueError(f"mask must be on x's device {x.device}, got {mask.device}")
+    if not _broadcasts(mask, x.shape):
+        raise ValueError(f"mask must broadcast to x's shape {_shape(x)}, got {_shape(mask)}")
+    return mask.expand(x.shape)
+
+
+def _check_per_sample(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:
+    if t is None:
+        return None
+    _check_floating(name, t)
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"{name} must have shape [{x.shape[0]}], one per sample, got {_shape(t)}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    return t

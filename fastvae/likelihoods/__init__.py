@@ -1,0 +1,35 @@
+"""The likelihood families, by name and as objects."""
+
+from collections.abc import Callable
+
+from fastvae.likelihoods._base import Likelihood
+from fastvae.likelihoods.bernoulli import Bernoulli, BernoulliProbs
+from fastvae.likelihoods.gaussian import Gaussian, gaussian_logvar
+
+__all__ = ["Bernoulli", "BernoulliProbs", "Gaussian", "Likelihood", "get", "registry"]
+
+#: Family name → how to make it with its defaults. Tests and benchmarks go through this table.
+registry: dict[str, Callable[[], Likelihood]] = {
+    "bernoulli": Bernoulli,
+    "bernoulli_probs": BernoulliProbs,
+    "gaussian": Gaussian,
+    "gaussian_logvar": gaussian_logvar,
+}
+
+
+def get(likelihood: str | Likelihood) -> Likelihood:
+    """The likelihood object that a name or an object means.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor a Likelihood.
+    """
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if not isinstance(likelihood, str):
+        raise TypeError(
+            f"likelihood must be a name or a fastvae.likelihoods object, got {type(likelihood).__name__}"
+        )
+    if likelihood not in registry:
+        raise ValueError(f"likelihood must be one of {', '.join(registry)}, got {likelihood!r}")
+    return registry[likelihood]()

@@ -1,0 +1,41 @@
+"""What every likelihood family is."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Likelihood(nn.Module):
+    """A reconstruction likelihood p(x | parameters), factorized over elements.
+
+    A family is one subclass beside its formula in ``csrc/formulas/``. It says which parameters the
+    decoder gives, which options the formula takes, and writes the formula once more in plain
+    PyTorch for the eager backend.
+    """
+
+    family: str  # the formula's name in every backend
+    param_names: tuple[str, ...]  # what `recon` holds, in order
+    x_unit: ClassVar[bool] = False  # x must lie in [0, 1]
+    params_unit: ClassVar[bool] = False  # so must the parameters
+
+    @property
+    def options(self) -> Sequence[float]:
+        """Constants of the formula, in its order."""
+        return ()
+
+    def params(self, recon: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The formula's parameters: the decoder's, and those the likelihood itself holds."""
+        return recon
+
+    def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
+        """ln p per element (nats), in differentiable PyTorch; float32 or float64."""
+        raise NotImplementedError
+
+    @classmethod
+    def sample_inputs(
+        cls, shape: Sequence[int], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A typical (x, recon) of this family in float32, for tests and benchmarks."""
+        raise NotImplementedError

@@ -1,0 +1,78 @@
+"""Bernoulli likelihoods; targets anywhere in [0, 1]. Formulas: csrc/formulas/bernoulli.h."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastvae.likelihoods._base import Likelihood
+
+
+class Bernoulli(Likelihood):
+    """ln p(x | l) = x ln σ(l) + (1 − x) ln σ(−l), from the decoder's logits l.
+
+    Equals ``-binary_cross_entropy_with_logits``. x may be continuous in [0, 1], the usual
+    convention for grey values (Kingma & Welling 2014, appendix C.1).
+    """
+
+    family = "bernoulli"
+    param_names = ("logits",)
+    x_unit = True
+
+    def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
+        (logits,) = params
+        return x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits)
+
+    @classmethod
+    def sample_inputs(
+        cls, shape: Sequence[int], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x = torch.rand(*shape, generator=generator)
+        return x, (3 * torch.randn(*shape, generator=generator),)
+
+
+class BernoulliProbs(Likelihood):
+    """ln p(x | p) = x ln p + (1 − x) ln(1 − p), from probabilities, as older decoders emit them.
+
+    Args:
+        log_min: each logarithm is clamped from below here, in nats. The default is that of
+            ``torch.nn.BCELoss``, which this family equals in value and gradient.
+
+    Raises:
+        ValueError: log_min is not a finite negative number.
+    """
+
+    family = "bernoulli_probs"
+    param_names = ("probs",)
+    x_unit = True
+    params_unit = True
+
+    def __init__(self, log_min: float = -100.0) -> None:
+        super().__init__()
+        if not (math.isfinite(log_min) and log_min < 0):
+            raise ValueError(f"log_min must be a finite negative number, got {log_min}")
+        self.log_min = float(log_min)
+
+    @property
+    def options(self) -> Sequence[float]:
+        return (self.log_min,)
+
+    def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
+        (p,) = params
+        if self.log_min == -100.0:  # BCELoss's own clamp, with its gradient where p is 0 or 1
+            shape = torch.broadcast_shapes(x.shape, p.shape)
+            return -F.binary_cross_entropy(p, x.expand(shape), reduction="none")
+        floor = p.new_tensor(self.log_min)
+        return x * torch.maximum(p.log(), floor) + (1 - x) * torch.maximum((-p).log1p(), floor)
+
+    @classmethod
+    def sample_inputs(
+        cls, shape: Sequence[int], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, (logits,) = Bernoulli.sample_inputs(shape, generator)
+        return x, (logits.sigmoid(),)
+
+    def extra_repr(self) -> str:
+        return f"log_min={self.log_min}"

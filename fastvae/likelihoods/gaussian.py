@@ -1,0 +1,94 @@
+"""Gaussian likelihoods. Formulas: csrc/formulas/gaussian.h."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.likelihoods._base import Likelihood
+
+_HALF_LN_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Gaussian(Likelihood):
+    """ln N(x; mean, σ²), from the decoder's mean.
+
+    Args:
+        scale: the fixed σ (default 1). Not together with ``logvar``.
+        normalized: False drops the constant −ln σ − ½ ln 2π of each element, so that −ln p is the
+            half squared error over σ². Fixed scale only.
+        logvar: ln σ² instead of a fixed scale:
+            ``"learned"``, one scalar parameter of this module, ``logvar``, that starts at 0
+            (σ-VAE, Rybkin et al. 2021);
+            a tensor that broadcasts to the event shape (registered as a buffer, or as a parameter
+            if it is an ``nn.Parameter``; a tensor that requires grad receives its gradient);
+            ``"per_element"``, the decoder gives it: recon is the pair (mean, logvar).
+
+    Raises:
+        ValueError: scale is not positive and finite; scale or normalized together with logvar;
+            an unknown logvar name.
+    """
+
+    def __init__(
+        self,
+        scale: float | None = None,
+        normalized: bool = True,
+        *,
+        logvar: Tensor | Literal["learned", "per_element"] | None = None,
+    ) -> None:
+        super().__init__()
+        if logvar is not None and (scale is not None or not normalized):
+            raise ValueError("scale and normalized belong to a fixed scale, got logvar as well")
+        self.scale = 1.0 if scale is None else float(scale)
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale must be positive and finite, got {scale}")
+        self.normalized = normalized
+        self.family = "gaussian" if logvar is None else "gaussian_logvar"
+        self.param_names = ("mean", "logvar") if logvar == "per_element" else ("mean",)
+        self.logvar: Tensor | None
+        if logvar == "learned":
+            self.logvar = nn.Parameter(torch.zeros(()))
+        elif isinstance(logvar, nn.Parameter) or not isinstance(logvar, Tensor):
+            if not (logvar is None or logvar == "per_element" or isinstance(logvar, Tensor)):
+                raise ValueError(
+                    f"logvar must be a tensor, 'learned' or 'per_element', got {logvar!r}"
+                )
+            self.logvar = logvar if isinstance(logvar, Tensor) else None
+        else:
+            self.register_buffer("logvar", logvar)
+
+    @property
+    def options(self) -> Sequence[float]:
+        if self.family == "gaussian_logvar":
+            return (-_HALF_LN_2PI,)
+        constant = -math.log(self.scale) - _HALF_LN_2PI if self.normalized else 0.0
+        return (self.scale**-2, constant)
+
+    def params(self, recon: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return recon if self.logvar is None else (*recon, self.logvar)
+
+    def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
+        if self.family == "gaussian_logvar":
+            mean, logvar = params
+            return -0.5 * (logvar + (x - mean).square() * (-logvar).exp()) - _HALF_LN_2PI
+        precision, constant = self.options
+        return constant - 0.5 * precision * (x - params[0]).square()
+
+    @classmethod
+    def sample_inputs(
+        cls, shape: Sequence[int], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x = torch.randn(*shape, generator=generator)
+        return x, (torch.randn(*shape, generator=generator),)
+
+    def extra_repr(self) -> str:
+        if self.family == "gaussian":
+            return f"scale={self.scale}, normalized={self.normalized}"
+        return "logvar='per_element'" if self.logvar is None else f"logvar={list(self.logvar.shape)}"
+
+
+def gaussian_logvar() -> Gaussian:
+    """The family by its name: mean and log-variance both from the decoder."""
+    return Gaussian(logvar="per_element")

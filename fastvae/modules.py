@@ -1,0 +1,79 @@
+"""The loss as a module; no maths."""
+
+from torch import Tensor, nn
+
+from fastvae import likelihoods
+from fastvae._backends import Prior, Terms
+from fastvae.functional import Recon, elbo_terms
+from fastvae.likelihoods import Likelihood
+
+
+class ELBOLoss(nn.Module):
+    """The negative evidence lower bound, drop-in for ``loss(recon, x, mu, logvar)``.
+
+    Args:
+        likelihood: a name in ``fastvae.likelihoods.registry`` or an object. A learned scale is a
+            parameter of this module: give ``criterion.parameters()`` to the optimizer too.
+        beta: factor of the KL (an attribute; change it freely to anneal).
+        reduction: "mean" over the batch, "sum", or "none".
+        backend: "auto", "cpp", "triton" or "eager".
+
+    Example:
+        >>> criterion = ELBOLoss("bernoulli")
+        >>> z, kl = fastvae.rsample_kl(mu, logvar)
+        >>> loss = criterion(decoder(z), x, kl=kl)
+    """
+
+    def __init__(
+        self,
+        likelihood: str | Likelihood = "bernoulli",
+        beta: float = 1.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be one of mean, sum, none, got {reduction!r}")
+        self.likelihood = likelihoods.get(likelihood)
+        self.beta = beta
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(
+        self,
+        recon: Recon,
+        x: Tensor,
+        mu: Tensor | None = None,
+        logvar: Tensor | None = None,
+        *,
+        kl: Tensor | None = None,
+        prior: Prior | None = None,
+        sample_weight: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, in nats; arguments, shapes and errors as in `fastvae.elbo_loss`."""
+        return self.terms(
+            recon, x, mu, logvar, kl=kl, prior=prior, sample_weight=sample_weight, mask=mask
+        ).loss
+
+    def terms(
+        self,
+        recon: Recon,
+        x: Tensor,
+        mu: Tensor | None = None,
+        logvar: Tensor | None = None,
+        *,
+        kl: Tensor | None = None,
+        prior: Prior | None = None,
+        sample_weight: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Terms:
+        """(loss, log_likelihood, kl), reduced alike; the last two are detached, for logging."""
+        return elbo_terms(
+            recon, x, mu, logvar, kl=kl, likelihood=self.likelihood, beta=self.beta,
+            reduction=self.reduction, prior=prior, sample_weight=sample_weight, mask=mask,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, reduction={self.reduction!r}, backend={self.backend!r}"

@@ -1,0 +1,73 @@
+"""Builds fastvae._C against the torch that is installed; everything else is in pyproject.toml."""
+
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'version = "(.+)"', (ROOT / "pyproject.toml").read_text()).group(1)
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# One source, compiled once per instruction set; each object picks its own namespace by CPU_CAPABILITY.
+ISAS = {"DEFAULT": ["-DCPU_CAPABILITY_DEFAULT"]}
+if X86:
+    ISAS["AVX2"] = ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"]
+    ISAS["AVX512"] = ["-DCPU_CAPABILITY_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    ISAS["AVX512"] += ["-mfma", "-mf16c", "-Wno-uninitialized"]  # GCC 12 warns of its own intrinsics
+
+# -ffp-contract=off: fused multiply-adds only where the source says so, the same on every set.
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS += ["-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", f'-DFASTVAE_VERSION="{VERSION}"']
+FLAGS += ["-DFASTVAE_X86"] if X86 else []
+
+
+def fail(sentence: str) -> None:
+    sys.exit(f"fastvae: {sentence}")
+
+
+def extension() -> dict:
+    if os.environ.get("FASTVAE_NO_EXTENSION") == "1":  # the eager backend alone
+        return {}
+    building = {"build_ext", "build", "bdist_wheel", "install", "develop", "editable_wheel"}
+    if not building & set(sys.argv):  # metadata needs neither torch nor a compiler
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        fail("torch is missing here: install torch first, then `pip install . --no-build-isolation`.")
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler.split()[0]) is None:
+        fail(f"the C++ compiler `{compiler}` is missing: install it (Debian: apt install g++), or set CXX.")
+    if shutil.which("ninja") is None:
+        fail("the build tool `ninja` is missing: pip install ninja.")
+
+    class Build(BuildExtension):
+        def build_extension(self, ext):
+            kernels = [str(ROOT / "csrc/cpu/kernels.cpp")]
+            for isa, flags in ISAS.items():
+                ext.extra_objects += self.compiler.compile(
+                    kernels,
+                    output_dir=str(Path(self.build_temp) / isa),
+                    include_dirs=ext.include_dirs,
+                    extra_postargs={"cxx": FLAGS + [f"-DCPU_CAPABILITY={isa}", *flags]},
+                    depends=ext.depends,
+                )
+            super().build_extension(ext)
+
+    sources = ["ops", "common", "rowwise", "likelihood", "latent", "cpu/dispatch"]
+    module = CppExtension(
+        "fastvae._C",
+        [f"csrc/{name}.cpp" for name in sources],
+        depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h")],
+        extra_compile_args={"cxx": FLAGS},
+        extra_link_args=["-fopenmp"],
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+
+
+setup(**extension())

@@ -1,0 +1,452 @@
+"""rsample, rsample_kl and kl_divergence: values, gradients, dtypes, layouts, reproducibility."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    LAYOUT_SHAPE,
+    LAYOUTS,
+    SHAPES,
+    assert_as_good_as_torch,
+    assert_within,
+    compute_dtype,
+    lay_out,
+    run,
+    upstream_like,
+)
+from torch import Tensor
+
+import fastvae
+from fastvae import reference
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+samplers = pytest.mark.parametrize("fused", [False, True], ids=["rsample", "rsample_kl"])
+
+SEED = 77
+
+
+def sample(fused: bool, mu: Tensor, logvar: Tensor, **options: Any) -> Tensor:
+    """z by either function, under SEED unless a generator is given."""
+    if "generator" not in options:
+        torch.manual_seed(SEED)
+    if fused:
+        z: Tensor = fastvae.rsample_kl(mu, logvar, **options)[0]
+        return z
+    return fastvae.rsample(mu, logvar, **options)
+
+
+def draws(shape: tuple[int, ...], backend: str, **options: Any) -> Tensor:
+    """The eps that this backend draws under SEED, exactly: z of mu = logvar = 0."""
+    zeros = torch.zeros(shape, dtype=torch.float64)
+    return sample(False, zeros, zeros, backend=backend, **options)
+
+
+def latents(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    return [(2 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)]
+
+
+def scale_kl(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes of the operands of kl, its gradient in mu and its gradient in logvar."""
+    return ((mu**2 + logvar.abs() + logvar.exp() + 1) / 2, mu.abs(), (logvar.exp() + 1) / 2)
+
+
+def torch_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    """As every tutorial writes it, in the dtype of the result."""
+    compute = compute_dtype(mu.dtype)
+    mu, logvar, event = mu.to(compute), logvar.to(compute), mu.dim() - 1
+    return reference.sum_event(-0.5 * (1 + logvar - mu**2 - logvar.exp()), event)
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+def check_sample(
+    fused: bool, mu: Tensor, logvar: Tensor, backend: str, num_samples: int | None = None
+) -> None:
+    shape = tuple(mu.shape)
+    eps = draws(shape, backend, num_samples=num_samples)
+    upstream = upstream_like(eps.shape).to(mu.dtype)  # z has mu's dtype, and so has its gradient
+    compute = compute_dtype(mu.dtype)
+
+    def torchs(m: Tensor, lv: Tensor) -> Tensor:
+        z = m.to(compute) + (lv.to(compute) / 2).exp() * eps.to(compute)
+        return z.to(m.dtype)
+
+    def oracle(m: Tensor, lv: Tensor) -> Tensor:
+        return m + (lv / 2).exp() * eps
+
+    def ours(m: Tensor, lv: Tensor) -> Tensor:
+        return sample(fused, m, lv, num_samples=num_samples, backend=backend)
+
+    z, grads = run(ours, [mu, logvar], upstream)
+    assert z.dtype == mu.dtype
+    torch_z, torch_grads = run(torchs, [mu, logvar], upstream)
+    oracle_z, oracle_grads = run(oracle, [mu.double(), logvar.double()], upstream)
+
+    noise = (logvar.double() / 2).exp() * eps.abs()
+    weight = upstream.double()
+    scales = [weight.sum_to_size(shape), (noise * weight / 2).sum_to_size(shape)]
+    assert_as_good_as_torch(z, torch_z, oracle_z, what="z", scale=mu.double().abs() + noise)
+    for name, got, want, exact, scale in zip(
+        ("mu", "logvar"), grads, torch_grads, oracle_grads, scales, strict=True
+    ):
+        assert got.dtype == mu.dtype
+        assert_as_good_as_torch(got, want, exact, what=f"gradient of {name}", scale=scale)
+
+
+@samplers
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sample_every_dtype_and_layout(
+    fused: bool, dtype: torch.dtype, layout: str, backend: str
+) -> None:
+    mu, logvar = latents(LAYOUT_SHAPE, dtype)
+    check_sample(fused, lay_out(mu, layout), lay_out(logvar, layout), backend)
+    check_sample(fused, lay_out(mu, layout), logvar, backend)
+    check_sample(fused, mu, lay_out(logvar, layout), backend, num_samples=3)
+
+
+@samplers
+@shapes
+@pytest.mark.parametrize("num_samples", [None, 1, 3])
+def test_sample_every_shape(
+    fused: bool, shape: tuple[int, ...], num_samples: int | None, backend: str
+) -> None:
+    check_sample(fused, *latents(shape, torch.float32), backend, num_samples=num_samples)
+
+
+@dtypes
+def test_draws_do_not_depend_on_the_dtype(dtype: torch.dtype, backend: str) -> None:
+    eps = draws((7, 33), backend)
+    assert torch.equal(eps, eps.float().double())  # a float32 number
+    zeros = torch.zeros(7, 33, dtype=dtype)
+    assert torch.equal(sample(False, zeros, zeros, backend=backend), eps.to(dtype))
+
+
+@samplers
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_draws_do_not_depend_on_the_layout(fused: bool, layout: str, backend: str) -> None:
+    mu, logvar = (lay_out(t, layout) for t in latents(LAYOUT_SHAPE, torch.float32))
+    z = sample(fused, mu, logvar, backend=backend)
+    dense = sample(fused, mu.contiguous(), logvar.contiguous(), backend=backend)
+    assert torch.equal(z, dense)
+
+
+@pytest.mark.parametrize("num_samples", [None, 3])
+@pytest.mark.parametrize("offset", [0, 5, 2**33])
+def test_z_is_mu_plus_sigma_times_the_reference_noise(
+    num_samples: int | None, offset: int, backend: str
+) -> None:
+    mu, logvar = (t.double() for t in latents((6, 5, 7), torch.float32))
+    torch.manual_seed(SEED)
+    seed = torch.ops.fastvae.seed.default(mu)
+    assert seed.dtype == torch.int64 and seed.shape == (1,)
+    z = sample(False, mu, logvar, num_samples=num_samples, sample_offset=offset, backend=backend)
+    eps = reference.noise(seed, (6, 5, 7), num_samples or 1, offset)
+    expected = mu + (logvar / 2).exp() * (eps if num_samples else eps[0])
+    # eps is float32: its angle and its radius carry some 4 roundings at up to 4 sigma
+    bound = (logvar / 2).exp() * 4 * 4 * 2.0**-23
+    assert_within(z, expected, bound.expand(z.shape), what="z")
+
+
+@samplers
+@pytest.mark.parametrize("num_samples", [None, 1, 4])
+def test_a_split_batch_draws_as_the_whole(
+    fused: bool, num_samples: int | None, backend: str
+) -> None:
+    mu, logvar = latents((11, 13), torch.float32)
+    whole = sample(fused, mu, logvar, num_samples=num_samples, backend=backend)
+    parts = [
+        sample(
+            fused,
+            mu[start:stop],
+            logvar[start:stop],
+            num_samples=num_samples,
+            sample_offset=start,
+            backend=backend,
+        )
+        for start, stop in [(0, 4), (4, 5), (5, 11)]
+    ]
+    assert torch.equal(torch.cat(parts, dim=0 if num_samples is None else 1), whole)
+
+
+@samplers
+def test_one_sample_is_the_plain_draw(fused: bool, backend: str) -> None:
+    mu, logvar = latents((5, 9), torch.float32)
+    one = sample(fused, mu, logvar, num_samples=1, backend=backend)
+    assert one.shape == (1, 5, 9)
+    assert torch.equal(one[0], sample(fused, mu, logvar, backend=backend))
+
+
+@pytest.mark.parametrize("num_samples", [None, 3])
+@pytest.mark.parametrize("offset", [0, 9])
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_rsample_and_rsample_kl_agree(
+    num_samples: int | None, offset: int, with_prior: bool, backend: str
+) -> None:
+    mu, logvar = latents((6, 21), torch.float32)
+    prior = (torch.randn(21), torch.randn(6, 1)) if with_prior else None
+    options = {"num_samples": num_samples, "sample_offset": offset, "backend": backend}
+    torch.manual_seed(SEED)
+    z, kl = fastvae.rsample_kl(mu, logvar, prior=prior, **options)
+    assert torch.equal(z, sample(False, mu, logvar, **options))
+    assert kl.shape == (6,)
+    alone = fastvae.kl_divergence(mu, logvar, prior=prior, backend=backend)
+    torch.testing.assert_close(kl, alone, rtol=5e-7, atol=0)
+
+
+@samplers
+def test_manual_seed_and_generator(fused: bool, backend: str) -> None:
+    mu, logvar = latents((5, 20), torch.float32)
+    first = sample(fused, mu, logvar, backend=backend)
+    assert torch.equal(first, sample(fused, mu, logvar, backend=backend))
+
+    generator = torch.Generator().manual_seed(SEED)
+    state = torch.get_rng_state()
+    given = sample(fused, mu, logvar, generator=generator, backend=backend)
+    assert torch.equal(given, first)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator stays where it was
+    following = sample(fused, mu, logvar, generator=generator, backend=backend)
+    assert not torch.isclose(following, given).any()
+
+
+@samplers
+def test_any_number_of_threads_gives_the_same_bits(
+    fused: bool, backend: str, one_and_two_threads: list[int]
+) -> None:
+    mu, logvar = latents((3001, 67), torch.float32)
+    results = []
+    for threads in one_and_two_threads:
+        torch.set_num_threads(threads)
+        leaves = [mu.clone().requires_grad_(), logvar.clone().requires_grad_()]
+        z = sample(fused, *leaves, num_samples=2, backend=backend)
+        kl = fastvae.kl_divergence(*leaves, backend=backend)
+        grads = torch.autograd.grad((z**2).sum() + kl.sum(), leaves)
+        results.append([z.detach(), kl.detach(), *grads])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@samplers
+def test_backward_twice_gives_the_same(fused: bool, backend: str) -> None:
+    leaves = [t.requires_grad_() for t in latents((5, 33), torch.float32)]
+    z = sample(fused, *leaves, num_samples=3, backend=backend)
+    upstream = upstream_like(z.shape)
+    first = torch.autograd.grad(z, leaves, upstream, retain_graph=True)
+    torch.rand(1000)  # backward regenerates its noise from the saved seed, not from the generator
+    second = torch.autograd.grad(z, leaves, upstream)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@samplers
+def test_sample_gradients_only_where_asked(fused: bool, backend: str) -> None:
+    mu, logvar = latents((5, 33), torch.float32)
+    _, every = run(lambda m, lv: sample(fused, m, lv, backend=backend), [mu, logvar])
+    assert not sample(fused, mu, logvar, backend=backend).requires_grad
+    for i in range(2):
+        leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate((mu, logvar))]
+        sample(fused, *leaves, backend=backend).sum().backward()
+        assert leaves[1 - i].grad is None
+        assert torch.equal(leaves[i].grad, every[i])
+    with torch.no_grad():
+        leaves = [mu.clone().requires_grad_(), logvar.clone().requires_grad_()]
+        z = sample(fused, *leaves, backend=backend)
+    assert not z.requires_grad
+    assert torch.equal(z, sample(fused, mu, logvar, backend=backend))
+
+
+@pytest.mark.parametrize("num_samples", [None, 2])
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_gradcheck(num_samples: int | None, with_prior: bool, backend: str) -> None:
+    inputs = [torch.randn(3, 4, dtype=torch.float64) for _ in range(2)]
+    if with_prior:
+        inputs += [torch.randn(4, dtype=torch.float64), torch.randn(3, 1, dtype=torch.float64)]
+    leaves = tuple(t.requires_grad_() for t in inputs)
+
+    def function(mu: Tensor, logvar: Tensor, *prior: Tensor) -> Any:
+        torch.manual_seed(SEED)
+        return fastvae.rsample_kl(
+            mu, logvar, prior=prior or None, num_samples=num_samples, backend=backend
+        )
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+    def alone(mu: Tensor, logvar: Tensor, *prior: Tensor) -> Tensor:
+        return fastvae.kl_divergence(mu, logvar, prior=prior or None, backend=backend)
+
+    assert torch.autograd.gradcheck(alone, leaves)
+    assert torch.autograd.gradgradcheck(alone, leaves)
+
+
+# --------------------------------------------------------------------------------------- divergence
+
+
+def kl_only(backend: str) -> Callable[..., Tensor]:
+    return lambda mu, logvar, *prior: fastvae.kl_divergence(
+        mu, logvar, prior=prior or None, backend=backend
+    )
+
+
+def kl_fused(backend: str) -> Callable[..., Tensor]:
+    return lambda mu, logvar, *prior: fastvae.rsample_kl(
+        mu, logvar, prior=prior or None, num_samples=2, backend=backend
+    )[1]
+
+
+kls = pytest.mark.parametrize("kl", [kl_only, kl_fused], ids=["kl_divergence", "rsample_kl"])
+
+
+def check_kl(function: Callable[..., Tensor], mu: Tensor, logvar: Tensor) -> None:
+    upstream = upstream_like(mu.shape[:1])
+    value, grads = run(function, [mu, logvar], upstream)
+    assert value.dtype == compute_dtype(mu.dtype)
+    torch_value, torch_grads = run(torch_kl, [mu, logvar], upstream)
+    wide = [mu.double(), logvar.double()]
+    oracle_value, oracle_grads = run(reference.kl_divergence, wide, upstream)
+    terms, *sizes = scale_kl(*wide)
+    scale = reference.sum_event(terms, mu.dim() - 1)
+    assert_as_good_as_torch(value, torch_value, oracle_value, what="kl", scale=scale)
+    weight = upstream.double().view(-1, *(1,) * (mu.dim() - 1))
+    for i, name in enumerate(("mu", "logvar")):
+        assert grads[i].dtype == mu.dtype
+        assert_as_good_as_torch(
+            grads[i], torch_grads[i], oracle_grads[i], what=name, scale=sizes[i] * weight
+        )
+
+
+@kls
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kl_every_dtype_and_layout(kl: Any, dtype: torch.dtype, layout: str, backend: str) -> None:
+    mu, logvar = latents(LAYOUT_SHAPE, dtype)
+    check_kl(kl(backend), lay_out(mu, layout), lay_out(logvar, layout))
+    check_kl(kl(backend), lay_out(mu, layout), logvar)
+
+
+@kls
+@shapes
+def test_kl_every_shape(kl: Any, shape: tuple[int, ...], backend: str) -> None:
+    check_kl(kl(backend), *latents(shape, torch.float32))
+
+
+@kls
+@dtypes
+@pytest.mark.parametrize(
+    "prior_shapes",
+    [((4, 3, 17), (4, 3, 17)), ((17,), (3, 1)), ((), (4, 1, 1)), ((1, 3, 17), ())],
+    ids=str,
+)
+def test_kl_with_a_prior(
+    kl: Any, dtype: torch.dtype, prior_shapes: tuple[tuple[int, ...], ...], backend: str
+) -> None:
+    inputs = latents((4, 3, 17), dtype) + [torch.randn(s).to(dtype) for s in prior_shapes]
+    upstream = upstream_like((4,))
+    compute = compute_dtype(dtype)
+
+    def torchs(*leaves: Tensor) -> Tensor:
+        m, lv, m_p, lv_p = (t.to(compute) for t in leaves)
+        terms = 0.5 * (lv_p - lv + (lv - lv_p).exp() + (m - m_p) ** 2 * (-lv_p).exp() - 1)
+        return terms.sum((1, 2))
+
+    def oracle(m: Tensor, lv: Tensor, m_p: Tensor, lv_p: Tensor) -> Tensor:
+        return reference.kl_divergence(m, lv, (m_p, lv_p))
+
+    value, grads = run(kl(backend), inputs, upstream)
+    torch_value, torch_grads = run(torchs, inputs, upstream)
+    wide = [t.double() for t in inputs]
+    oracle_value, oracle_grads = run(oracle, wide, upstream)
+
+    m, lv, m_p, lv_p = torch.broadcast_tensors(*wide)
+    ratio, q = (lv - lv_p).exp(), (m - m_p) ** 2 * (-lv_p).exp()
+    terms = (ratio + (lv - lv_p).abs() + q + 1) / 2
+    pull = (m - m_p).abs() * (-lv_p).exp()
+    weight = upstream.double().view(-1, 1, 1)
+    sizes = [pull, (ratio + 1) / 2, pull, (ratio + q + 1) / 2]
+    assert_as_good_as_torch(value, torch_value, oracle_value, what="kl", scale=terms.sum((1, 2)))
+    for i, name in enumerate(("mu", "logvar", "mu_p", "logvar_p")):
+        assert grads[i].dtype == dtype and grads[i].shape == inputs[i].shape
+        scale = (sizes[i] * weight).sum_to_size(inputs[i].shape)
+        assert_as_good_as_torch(grads[i], torch_grads[i], oracle_grads[i], what=name, scale=scale)
+
+
+@kls
+@pytest.mark.parametrize("asks", range(4))
+def test_kl_gradients_only_where_asked(kl: Any, asks: int, backend: str) -> None:
+    inputs = [*latents((5, 9), torch.float32), torch.randn(9), torch.randn(5, 1)]
+    _, every = run(kl(backend), inputs)
+    leaves = [t.detach().requires_grad_(i == asks) for i, t in enumerate(inputs)]
+    kl(backend)(*leaves).sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == [i == asks for i in range(4)]
+    torch.testing.assert_close(leaves[asks].grad, every[asks], rtol=2e-6, atol=1e-6)
+
+
+def near_the_prior(dtype: torch.dtype) -> Tensor:
+    sizes = torch.logspace(-6, -0.3, 200, dtype=torch.float64)
+    return torch.cat([sizes, -sizes, torch.tensor([1e-3, 0.1, -0.1, 0.5, -0.5])]).to(dtype)
+
+
+@kls
+@pytest.mark.parametrize("center", [0.0, 1.5])
+def test_kl_near_the_prior_in_float32(kl: Any, center: float, backend: str) -> None:
+    """exp(lv) - 1 - lv cancels: at 1e-6 torch's float32 keeps no digit of 5e-13. One element a
+    row, so that the error of the small ones can't hide behind the large ones."""
+    logvar = center + near_the_prior(torch.float32)
+    mu = torch.full_like(logvar, center)
+    prior = (torch.tensor(center), torch.tensor(center)) if center else ()
+    value, grads = run(kl(backend), [mu, logvar, *prior])
+    wide = [t.double() for t in (mu, logvar, *prior)]
+    expected, expected_grads = run(
+        lambda m, lv, *p: reference.kl_divergence(m, lv, p or None), wide
+    )
+    eps = torch.finfo(torch.float32).eps
+    assert_within(value, expected, 4 * eps * expected, what="kl")
+    slope = expected_grads[1].abs()
+    assert_within(grads[1], expected_grads[1], 4 * eps * slope, what="gradient of logvar")
+
+
+@kls
+def test_kl_near_the_prior_in_float64(kl: Any, backend: str) -> None:
+    logvar = near_the_prior(torch.float64)
+    value = kl(backend)(torch.zeros_like(logvar), logvar)
+    with mpmath.workdps(40):
+        exact = [float((mpmath.expm1(lv) - mpmath.mpf(lv)) / 2) for lv in logvar.tolist()]
+    expected = torch.tensor(exact, dtype=torch.float64)
+    assert_within(value, expected, 4 * torch.finfo(torch.float64).eps * expected, what="kl")
+    oracle = reference.kl_divergence(torch.zeros_like(logvar), logvar)
+    assert_within(oracle, expected, 4 * torch.finfo(torch.float64).eps * expected, what="oracle")
+
+
+def test_kl_of_the_prior_itself_is_exactly_zero(backend: str) -> None:
+    zeros = torch.zeros(3, 7)
+    assert torch.equal(fastvae.kl_divergence(zeros, zeros, backend=backend), torch.zeros(3))
+    mu, logvar = latents((3, 7), torch.float32)
+    value = fastvae.kl_divergence(mu, logvar, prior=(mu, logvar), backend=backend)
+    assert torch.equal(value, torch.zeros(3))
+
+
+@kls
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [12.0, -12.0, 20.0, -20.0])
+def test_large_logvar_does_not_overflow(
+    kl: Any, dtype: torch.dtype, size: float, backend: str
+) -> None:
+    """exp(12) is above float16's largest number; inside it's float32."""
+    mu, logvar = (torch.full((2, 3), 0.5, dtype=dtype), torch.full((2, 3), size, dtype=dtype))
+    value = kl(backend)(mu, logvar)
+    expected = 3 * 0.5 * (0.25 + math.expm1(size) - size)
+    torch.testing.assert_close(
+        value.double(), torch.full((2,), expected).double(), rtol=1e-6, atol=0
+    )
+    if size < 20 or dtype != torch.float16:
+        z = fastvae.rsample(mu, logvar, backend=backend)
+        assert z.dtype == dtype and z.isfinite().all()

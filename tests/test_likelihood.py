@@ -1,0 +1,353 @@
+"""log_likelihood against the oracle: every family, dtype, layout and shape, value and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    EXTREME_LOGITS,
+    FAMILIES,
+    LAYOUT_SHAPE,
+    LAYOUTS,
+    SHAPES,
+    Family,
+    assert_as_good_as_torch,
+    assert_within,
+    compute_dtype,
+    lay_out,
+    run,
+    upstream_like,
+)
+from torch import Tensor
+
+import fastvae
+from fastvae import reference
+
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def ours(family: Family, backend: str, mask: Tensor | None = None) -> Any:
+    likelihood = family.make()
+
+    def function(x: Tensor, *params: Tensor) -> Tensor:
+        recon = params[0] if len(params) == 1 else params
+        return fastvae.log_likelihood(x, recon, likelihood, mask=mask, backend=backend)
+
+    return function
+
+
+def check(
+    family: Family,
+    backend: str,
+    inputs: Sequence[Tensor],
+    *,
+    mask: Tensor | None = None,
+    upstream: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    sharp: bool = False,
+) -> None:
+    """Value and every gradient, against the oracle, with torch's own error as the yardstick.
+
+    sharp: the value is relative to the sum of the terms themselves, not of their operands.
+    """
+    event_dims = inputs[0].dim() - 1
+    compute = dtype or compute_dtype(inputs[1].dtype)
+    wide = [t.detach().double() for t in inputs]
+
+    def oracle(x: Tensor, *params: Tensor) -> Tensor:
+        return reference.log_likelihood(x, params, family.name, mask=mask, **family.options)
+
+    def torchs(x: Tensor, *params: Tensor) -> Tensor:
+        terms = family.torchs(*(t.to(compute) for t in torch.broadcast_tensors(x, *params)))
+        if mask is not None:
+            terms = torch.where(mask, terms, 0.0)
+        return reference.sum_event(terms, event_dims)
+
+    # torch's formula sees no NaN behind a mask, where its gradient would be NaN too
+    safe = [t if mask is None else torch.where(mask, t, 0.5).to(t.dtype) for t in inputs]
+    expected_shape = oracle(*wide).shape
+    if upstream is None:
+        upstream = upstream_like(expected_shape)
+    value, grads = run(ours(family, backend, mask), inputs, upstream)
+    torch_value, torch_grads = run(torchs, safe, upstream)
+    oracle_value, oracle_grads = run(oracle, wide, upstream)
+    oracle_grads = [g for g, t in zip(oracle_grads, inputs, strict=True) if t.is_floating_point()]
+
+    terms, *sizes = family.magnitudes(*torch.broadcast_tensors(*(t.double() for t in safe)))
+    if sharp:
+        terms = reference.elementwise(
+            wide[0], wide[1:], family.name, mask=mask, **family.options
+        ).abs()
+    kept = torch.ones((), dtype=torch.bool) if mask is None else mask
+    row_scale = reference.sum_event(torch.where(kept, terms, 0.0), event_dims)
+    assert_as_good_as_torch(value, torch_value, oracle_value, what="value", scale=row_scale)
+
+    outer = upstream.double().abs().expand(expected_shape)
+    outer = outer.reshape(*expected_shape, *(1,) * event_dims)
+    floating = [(t, s) for t, s in zip(inputs, sizes, strict=True) if t.is_floating_point()]
+    for i, (leaf, size) in enumerate(floating):
+        scale = torch.where(kept, size * outer, 0.0).sum_to_size(leaf.shape)
+        assert grads[i].dtype == leaf.dtype
+        assert_as_good_as_torch(
+            grads[i], torch_grads[i], oracle_grads[i], what=f"gradient {i}", scale=scale
+        )
+
+
+@families
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_dtype_and_layout(
+    family: Family, dtype: torch.dtype, layout: str, backend: str
+) -> None:
+    inputs = [lay_out(t, layout) for t in family.inputs(LAYOUT_SHAPE, dtype)]
+    check(family, backend, inputs)
+
+
+@families
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_may_differ_between_inputs(family: Family, layout: str, backend: str) -> None:
+    x, *params = family.inputs(LAYOUT_SHAPE, torch.float32)
+    check(family, backend, [x, *(lay_out(p, layout) for p in params)])
+    check(family, backend, [lay_out(x, layout), *params])
+
+
+@families
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_every_shape(
+    family: Family, shape: tuple[int, ...], num_samples: int | None, backend: str
+) -> None:
+    check(family, backend, family.inputs(shape, torch.float32, num_samples))
+
+
+@families
+@dtypes
+@pytest.mark.parametrize("layout", ["transposed", "expanded_batch", "misaligned"])
+def test_sample_dimension(family: Family, dtype: torch.dtype, layout: str, backend: str) -> None:
+    x, *params = family.inputs((5, 3, 17), dtype, num_samples=4)
+    check(family, backend, [lay_out(x, layout), *(lay_out(p, layout) for p in params)])
+
+
+@families
+@dtypes
+@pytest.mark.parametrize(
+    "x_dtype", [*DTYPES, torch.uint8, torch.bool], ids=lambda d: str(d).removeprefix("torch.")
+)
+def test_x_of_another_dtype(
+    family: Family, dtype: torch.dtype, x_dtype: torch.dtype, backend: str
+) -> None:
+    x, *params = family.inputs((4, 35), dtype)
+    x = x.to(x_dtype) if x_dtype.is_floating_point else (x > 0.5).to(x_dtype)
+    wide = fastvae.log_likelihood(
+        x, params[0] if len(params) == 1 else tuple(params), family.make(), backend=backend
+    ).dtype
+    if torch.float64 not in (dtype, x_dtype) or dtype == torch.float64:
+        assert wide == compute_dtype(dtype)
+    assert wide in (torch.float32, torch.float64)
+    check(family, backend, [x, *params], dtype=wide)
+
+
+def test_x_is_not_downcast(backend: str) -> None:
+    x = torch.full((1, 1), 0.1)  # 0.1 in bfloat16 is 0.10009765625
+    logits = torch.full((1, 1), 64.0, dtype=torch.bfloat16)
+    value = fastvae.log_likelihood(x, logits, backend=backend)
+    torch.testing.assert_close(value, torch.tensor([-57.6]), rtol=1e-6, atol=0)
+
+
+@families
+@dtypes
+@pytest.mark.parametrize("num_samples", [None, 2])
+@pytest.mark.parametrize(
+    "mask_shape", [(4, 3, 17), (4, 1, 1), (1, 3, 17), (3, 17), (17,), (4, 3, 1), ()], ids=str
+)
+def test_mask(
+    family: Family,
+    dtype: torch.dtype,
+    num_samples: int | None,
+    mask_shape: tuple[int, ...],
+    backend: str,
+) -> None:
+    x, *params = family.inputs((4, 3, 17), dtype, num_samples)
+    mask = torch.rand(mask_shape) < 0.6
+    hidden = ~mask.expand(x.shape)
+    x = x.masked_fill(hidden, float("nan"))
+    params = [p.masked_fill(hidden, float("nan")) for p in params]
+    check(family, backend, [x, *params], mask=mask)
+    _, grads = run(ours(family, backend, mask), [x, *params])
+    for grad in grads:
+        assert (grad[hidden.expand(grad.shape)] == 0).all()
+
+
+@families
+def test_mask_hides_values_outside_the_domain(family: Family, backend: str) -> None:
+    x, *params = family.inputs((3, 9), torch.float32)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[1, 4] = False
+    clean = ours(family, backend, mask)(x, *params)
+    x[1, 4], params[0][1, 4] = 7.0, -3.0
+    torch.testing.assert_close(ours(family, backend, mask)(x, *params), clean, rtol=0, atol=0)
+
+
+@dtypes
+def test_extreme_logits(dtype: torch.dtype, backend: str) -> None:
+    logits = torch.tensor(EXTREME_LOGITS, dtype=dtype)
+    x = torch.tensor([0.0, 0.25, 0.5, 1 - 2**-7, 1.0], dtype=dtype)
+    logits, x = (t.flatten() for t in torch.meshgrid(logits, x, indexing="ij"))
+    check(FAMILIES["bernoulli"], backend, [x, logits])  # one element a row: no error hides
+    check(FAMILIES["bernoulli"], backend, [x.view(1, -1), logits.view(1, -1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_confident_logits_keep_their_relative_accuracy(dtype: torch.dtype, backend: str) -> None:
+    """x = 1, logit 20: -ln p is 2e-9, and all of its digits count."""
+    size = torch.linspace(0, 80, 401, dtype=dtype)
+    logits = torch.cat([size, -size])
+    x = (logits > 0).to(dtype)
+    check(FAMILIES["bernoulli"], backend, [x, logits], sharp=True)
+
+
+@pytest.mark.parametrize("name", ["bernoulli_probs", "bernoulli_probs_log_min"])
+@dtypes
+def test_extreme_probs(name: str, dtype: torch.dtype, backend: str) -> None:
+    eps = torch.finfo(dtype).eps
+    p = torch.tensor([0.0, 1e-45, 1e-40, 1e-30, 1e-7, 0.5, 1 - eps, 1 - eps / 2, 1.0]).to(dtype)
+    p, x = torch.meshgrid(p, torch.tensor([0.0, 0.3, 1.0], dtype=dtype), indexing="ij")
+    check(FAMILIES[name], backend, [x.flatten(), p.flatten()], sharp=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_extreme_logvar(dtype: torch.dtype, backend: str) -> None:
+    logvar = torch.tensor([-60.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 60.0], dtype=dtype)
+    logvar, x = torch.meshgrid(
+        logvar, torch.tensor([-3.0, 0.0, 1e-3, 5.0], dtype=dtype), indexing="ij"
+    )
+    mean = torch.full_like(x.flatten(), 0.25)
+    check(FAMILIES["gaussian_logvar"], backend, [x.flatten(), mean, logvar.flatten()])
+
+
+def test_nan_logit_makes_its_row_nan(backend: str) -> None:
+    logits = torch.randn(3, 40)
+    logits[1, 7] = float("nan")
+    value = fastvae.log_likelihood(torch.rand(3, 40), logits, backend=backend)
+    assert value.isnan().tolist() == [False, True, False]
+
+
+# ------------------------------------------------------------------------------------------ autograd
+
+
+@families
+@dtypes
+@pytest.mark.parametrize("num_samples", [None, 2])
+@pytest.mark.parametrize("kind", ["ones", "expanded", "float64", "float16", "int64", "loss_scale"])
+def test_upstream_gradients(
+    family: Family, dtype: torch.dtype, num_samples: int | None, kind: str, backend: str
+) -> None:
+    inputs = family.inputs((4, 19), dtype, num_samples)
+    shape = (4,) if num_samples is None else (num_samples, 4)
+    function = ours(family, backend)
+    leaves = [t.requires_grad_() for t in inputs]
+    value = function(*leaves)
+    upstream = {
+        "ones": torch.ones(shape),
+        "expanded": torch.tensor(-1.7).expand(shape),
+        "float64": torch.rand(shape, dtype=torch.float64),
+        "float16": torch.rand(shape, dtype=torch.float16),
+        "int64": torch.randint(-3, 4, shape),
+        # a tiny gradient must survive until a float16 run's loss scale has lifted it
+        "loss_scale": torch.full(shape, 2.0**-9),
+    }[kind]
+    check(family, backend, [t.detach() for t in inputs], upstream=upstream.to(value.dtype))
+    given = torch.autograd.grad(value, leaves, upstream)
+    _, expected = run(function, inputs, upstream.to(value.dtype))
+    for got, want in zip(given, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_small_gradients_survive_loss_scaling(backend: str) -> None:
+    """float16: p = 5e-7 is a coarse subnormal, but 2^12 p is an ordinary number."""
+    logits = torch.linspace(-15, -12, 64, dtype=torch.float16).view(4, 16)
+    check(
+        FAMILIES["bernoulli"],
+        backend,
+        [torch.zeros(4, 16, dtype=torch.float16), logits],
+        upstream=torch.full((4,), 2.0**12),
+    )
+
+
+@families
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_backward_twice_gives_the_same(
+    family: Family, num_samples: int | None, backend: str
+) -> None:
+    leaves = [t.requires_grad_() for t in family.inputs((5, 33), torch.float32, num_samples)]
+    value = ours(family, backend)(*leaves)
+    upstream = upstream_like(value.shape)
+    first = torch.autograd.grad(value, leaves, upstream, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()  # the gradient belongs to the caller, who may write on it
+    second = torch.autograd.grad(value, leaves, upstream)
+    for a, b in zip(kept, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@families
+def test_only_the_inputs_that_ask_get_a_gradient(family: Family, backend: str) -> None:
+    inputs = family.inputs((4, 21), torch.float32)
+    function = ours(family, backend)
+    upstream = upstream_like((4,))
+    _, every = run(function, inputs, upstream)
+    assert not function(*inputs).requires_grad
+    for i in range(len(inputs)):
+        leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate(inputs)]
+        (function(*leaves) * upstream).sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == [i == j for j in range(len(inputs))]
+        torch.testing.assert_close(leaves[i].grad, every[i], rtol=2e-7, atol=0)
+
+
+@families
+@dtypes
+def test_no_grad_gives_the_same_value(family: Family, dtype: torch.dtype, backend: str) -> None:
+    leaves = [t.requires_grad_() for t in family.inputs((4, 21), dtype)]
+    function = ours(family, backend)
+    with torch.no_grad():
+        value = function(*leaves)
+    assert not value.requires_grad
+    assert torch.equal(value, function(*leaves).detach())
+
+
+@families
+def test_inputs_are_not_written(family: Family, backend: str) -> None:
+    inputs = family.inputs((4, 21), torch.float32)
+    before = [t.clone() for t in inputs]
+    run(ours(family, backend), inputs)
+    for a, b in zip(before, inputs, strict=True):
+        assert torch.equal(a, b)
+
+
+@families
+@pytest.mark.parametrize("num_samples", [None, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck(family: Family, num_samples: int | None, masked: bool, backend: str) -> None:
+    x, *params = family.inputs((3, 5), torch.float64, num_samples)
+    if family.name == "bernoulli_probs":
+        params = [0.2 + 0.6 * p for p in params]  # a clamped value has no matching gradient
+    leaves = tuple(t.requires_grad_() for t in (x, *params))
+    mask = torch.rand(3, 5) < 0.5 if masked else None
+    assert torch.autograd.gradcheck(ours(family, backend, mask), leaves)
+    assert torch.autograd.gradgradcheck(ours(family, backend, mask), leaves)
+
+
+def test_the_bound_fails_a_wrong_formula() -> None:
+    """The yardstick itself: an error of one part in 10^5 in one element is caught."""
+    oracle = torch.linspace(1, 2, 100, dtype=torch.float64)
+    wrong = oracle.float()
+    wrong[37] *= 1 + 1e-5
+    with pytest.raises(AssertionError, match=r"worst at \(37,\)"):
+        assert_as_good_as_torch(wrong, oracle.float(), oracle)
+    assert_within(oracle.float(), oracle, torch.tensor(1.2e-7))
