@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 import fastvae
-from benchmarks.runner import PHASES, Measurement
+from benchmarks.runner import PHASES, QUIET, Measurement
 
 HEADER = (
     "case",
@@ -41,12 +41,17 @@ def lines(measured: Iterable[Measurement]) -> list[str]:
         "  ".join(f(c, w) for f, c, w in zip(pad, cells, widths, strict=True)) for cells in table
     ]
     rule = ["-" * len(text[0])]
-    withheld = [
+    remarks = [
         f"withheld: {m.case.name} {name}: {fault}"
         for m in measured
         for name, fault in m.faults.items()
     ]
-    return [environment(), "", text[0], *rule, *text[1:], *rule, *LEGEND.splitlines(), *withheld]
+    remarks += [
+        f"disturbed: {m.case.name}: other processes used {m.others:.1f} CPUs; don't rely on it"
+        for m in measured
+        if m.others > QUIET
+    ]
+    return [environment(), "", text[0], *rule, *text[1:], *rule, *LEGEND.splitlines(), *remarks]
 
 
 def row(m: Measurement, phase: str) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.cases import CASES, STEPS, Case
 from benchmarks.runner import PHASES, measure
 
-
 # torch.compile uses parts of torch that torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 

@@ -219,7 +219,7 @@ def elbo_terms(
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-    if not (math.isfinite(beta) and beta >= 0):
+    if not 0.0 <= beta < math.inf:
         raise ValueError(f"beta must be finite and ≥ 0, got {beta}")
     params = _check_recon(x, recon, family)
     mask = _check_mask(mask, x)

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Normal
+from torch.distributions import Normal
+from torch.nn.functional import logsigmoid
 
 Params = Tensor | Sequence[Tensor]
 Word = TypeVar("Word", int, Tensor)
@@ -27,19 +28,27 @@ _ANY_VALID = 0.5
 
 
 def bernoulli(x: Tensor, logits: Tensor) -> Tensor:
-    # validate_args: x may be continuous in [0, 1]
-    return Bernoulli(logits=logits, validate_args=False).log_prob(x)
+    """x ln sigma(l) + (1 - x) ln sigma(-l); continuous x too.
+
+    Not torch.distributions.Bernoulli.log_prob: its (1 - x) l - ln sigma(l) cancels for confident
+    predictions (x = 0, l = -33: it gives 0 for -4.7e-15). The last term is zero and makes the
+    gradient in x exactly l, which is also the difference of two logarithms that cancel near l = 0.
+    """
+    fixed = x.detach()
+    value = fixed * logsigmoid(logits) + (1 - fixed) * logsigmoid(-logits)
+    return value + (x - fixed) * logits
 
 
 def bernoulli_probs(x: Tensor, probs: Tensor, *, log_min: float = -100.0) -> Tensor:
-    """Each logarithm is clamped from below, but the gradient with respect to probs sees no clamp:
-    it is torch.nn.BCELoss's, (x - p) / max(p (1 - p), 1e-12)."""
+    """x max(ln p, m) + (1 - x) max(ln(1 - p), m), but the gradient in p sees no clamp: it is
+    torch.nn.BCELoss's, (x - p) / max(p (1 - p), 1e-12).
+
+    Written out, as torch's 1e-12 is a float32 number in float64 too: 4e-9 relative error.
+    """
     fixed = probs.detach()
     value = x * fixed.log().clamp(min=log_min) + (1 - x) * torch.log1p(-fixed).clamp(min=log_min)
-    if not probs.requires_grad:
-        return value
-    torchs = -torch.nn.functional.binary_cross_entropy(probs, x.detach(), reduction="none")
-    return value + (torchs - torchs.detach())
+    slope = (x.detach() - fixed) / (fixed * (1 - fixed)).clamp(min=1e-12)
+    return value + slope * (probs - fixed)
 
 
 def gaussian(x: Tensor, mean: Tensor, *, scale: float = 1.0, normalized: bool = True) -> Tensor:

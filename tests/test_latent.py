@@ -18,6 +18,7 @@ from cases import (
     assert_within,
     compute_dtype,
     lay_out,
+    noise_bound,
     run,
     upstream_like,
 )
@@ -43,10 +44,12 @@ def sample(fused: bool, mu: Tensor, logvar: Tensor, **options: Any) -> Tensor:
     return fastvae.rsample(mu, logvar, **options)
 
 
-def draws(shape: tuple[int, ...], backend: str, **options: Any) -> Tensor:
+def draws(
+    shape: tuple[int, ...], backend: str, dtype: torch.dtype = torch.float64, **options: Any
+) -> Tensor:
     """The eps that this backend draws under SEED, exactly: z of mu = logvar = 0."""
-    zeros = torch.zeros(shape, dtype=torch.float64)
-    return sample(False, zeros, zeros, backend=backend, **options)
+    zeros = torch.zeros(shape, dtype=dtype)
+    return sample(False, zeros, zeros, backend=backend, **options).double()
 
 
 def latents(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -72,7 +75,7 @@ def check_sample(
     fused: bool, mu: Tensor, logvar: Tensor, backend: str, num_samples: int | None = None
 ) -> None:
     shape = tuple(mu.shape)
-    eps = draws(shape, backend, num_samples=num_samples)
+    eps = draws(shape, backend, compute_dtype(mu.dtype), num_samples=num_samples)
     upstream = upstream_like(eps.shape).to(mu.dtype)  # z has mu's dtype, and so has its gradient
     compute = compute_dtype(mu.dtype)
 
@@ -150,11 +153,10 @@ def test_z_is_mu_plus_sigma_times_the_reference_noise(
     seed = torch.ops.fastvae.seed.default(mu)
     assert seed.dtype == torch.int64 and seed.shape == (1,)
     z = sample(False, mu, logvar, num_samples=num_samples, sample_offset=offset, backend=backend)
-    eps = reference.noise(seed, (6, 5, 7), num_samples or 1, offset)
-    expected = mu + (logvar / 2).exp() * (eps if num_samples else eps[0])
-    # eps is float32: its angle and its radius carry some 4 roundings at up to 4 sigma
-    bound = (logvar / 2).exp() * 4 * 4 * 2.0**-23
-    assert_within(z, expected, bound.expand(z.shape), what="z")
+    index = reference.noise_index((6, 5, 7), num_samples or 1, offset)
+    expected = mu + (logvar / 2).exp() * reference.noise_at(seed, index)
+    bound = (logvar / 2).exp() * noise_bound(reference.radius_at(seed, index))
+    assert_within(z.view_as(expected), expected, bound, what="z")
 
 
 @samplers

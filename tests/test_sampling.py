@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from cases import assert_within
+from cases import assert_within, noise_bound
 from torch import Tensor
 
 import fastvae
@@ -46,11 +46,7 @@ def noise(seed: int, *size: int, num_samples: int = 1, sample_offset: int = 0) -
 
 
 def assert_is_the_reference(ours: Tensor, seed: int, index: Tensor) -> None:
-    """r cos(angle) in float32. The angle (up to pi) and the functions round to about 4 ULP of r.
-    u rounds by 2^-25 twice, which moves r = sqrt(-2 ln u) by 2^-24 / r: what dominates near u = 1.
-    """
-    r = reference.radius_at(seed, index)
-    bound = 4 * 2.0**-23 * r + 2.0**-24 / r
+    bound = noise_bound(reference.radius_at(seed, index))
     assert_within(ours, reference.noise_at(seed, index), bound, what="noise")
 
 

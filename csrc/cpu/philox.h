@@ -21,7 +21,7 @@ struct HiLo {
 };
 
 // The two halves of the 64-bit product m · a, lane by lane, unsigned.
-inline HiLo mul_hi_lo(const I32& a, uint32_t m) {
+FASTVAE_INLINE HiLo mul_hi_lo(const I32& a, uint32_t m) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512i mm = _mm512_set1_epi64(m);
   const __m512i even = _mm512_mul_epu32(a, mm);
@@ -46,7 +46,7 @@ inline HiLo mul_hi_lo(const I32& a, uint32_t m) {
 #endif
 }
 
-inline Philox philox4x32_10(Philox c, uint32_t key0, uint32_t key1) {
+FASTVAE_INLINE Philox philox4x32_10(Philox c, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const HiLo a = mul_hi_lo(c.word[0], 0xD2511F53u), b = mul_hi_lo(c.word[2], 0xCD9E8D57u);
     c = {b.hi ^ c.word[1] ^ I32(static_cast<int32_t>(key0)), b.lo,
@@ -59,7 +59,7 @@ inline Philox philox4x32_10(Philox c, uint32_t key0, uint32_t key1) {
 
 // Two normals from two words. The uniform under the logarithm has 31 bits and is never 0, so the
 // tail reaches 6.66σ; the angle has all 32.
-inline void box_muller(const I32& a, const I32& b, F32& n0, F32& n1) {
+FASTVAE_INLINE void box_muller(const I32& a, const I32& b, F32& n0, F32& n1) {
   const I32 a31 = (a >> I32(1)) & I32(0x7fffffff);
   const F32 u = fmadd(at::vec::convert_to_fp_of_same_size<float>(a31), F32(0x1p-31f), F32(0x1p-32f));
   const F32 radius = (F32(-2.f) * log_unit(u)).sqrt();

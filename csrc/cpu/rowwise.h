@@ -71,85 +71,69 @@ inline void store_tile(const Output& y, int64_t start, int64_t n, const T* value
   });
 }
 
-// A sum along a tile: float lanes for at most 16 vectors, then double lanes. The order is fixed.
-template <class T>
-class TileSum {
- public:
-  void add(const Vec<T>& v) {
-    lanes_ = lanes_ + v;
-    if (++count_ == 16) flush();
-  }
-  double total() {
-    flush();
-    double s = 0;
-    for (int j = 0; j < width; ++j) s += wide_[j];
-    return s;
-  }
-
- private:
-  static constexpr int width = Vec<T>::size();
-  void flush() {
+// Calls body(i, count) for each vector of a tile and sums what it returns: at most 16 vectors in the
+// compute type, then in double lanes. The order is fixed. The last vector may be partial.
+template <class T, class Body>
+FASTVAE_INLINE double sum_vectors(int64_t n, Body&& body) {
+  using V = Vec<T>;
+  constexpr int64_t width = V::size();
+  double wide[width] = {};
+  auto widen = [&](const V& v) __attribute__((always_inline)) {
     T lanes[width];
-    lanes_.store(lanes);
-    for (int j = 0; j < width; ++j) wide_[j] += static_cast<double>(lanes[j]);
-    lanes_ = Vec<T>(T(0));
-    count_ = 0;
+    v.store(lanes);
+    for (int j = 0; j < width; ++j) wide[j] += static_cast<double>(lanes[j]);
+  };
+  const int64_t whole = n - n % width;
+  for (int64_t i = 0; i < whole;) {
+    const int64_t stop = std::min(whole, i + 16 * width);
+    V sum(T(0));
+    for (; i < stop; i += width) sum = sum + body(i, width);
+    widen(sum);
   }
-  Vec<T> lanes_ = Vec<T>(T(0));
-  double wide_[width] = {};
-  int count_ = 0;
-};
-
-template <class T>
-inline double sum_tile(const T* x, int64_t n) {
-  TileSum<T> sum;
-  for (int64_t i = 0; i < n; i += Vec<T>::size())
-    sum.add(Vec<T>::loadu(x + i, std::min<int64_t>(Vec<T>::size(), n - i)));
-  return sum.total();
+  if (whole < n) widen(V::set(V(T(0)), body(whole, n - whole), n - whole));
+  double total = 0;
+  for (int j = 0; j < width; ++j) total += wide[j];
+  return total;
 }
 
 // One tile: returns Σ value, writes scale · gradient where grad[j] is given, flags inputs outside
-// their domain. Partial vectors are loaded as zeros; zero lies in every domain.
-template <class F, class T, bool Grad>
+// their domain. A partial vector is loaded with zeros behind it; zero lies in every domain.
+template <class F, class T, bool Grad, bool Masked>
 inline double formula_tile(const T* const* in, const T* mask, T* const* grad, int64_t n,
                            const Vec<T>* options, T scale, unsigned& outside) {
   using V = Vec<T>;
-  constexpr int64_t width = V::size();
   const V zero(T(0)), one(T(1)), factor(scale);
-  TileSum<T> sum;
   V inside[F::inputs];
   for (V& v : inside) v = zero == zero;
 
-  auto step = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-    V x[F::inputs];
+  const double total = sum_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    V x[F::inputs], keep;
     for (int j = 0; j < F::inputs; ++j) x[j] = V::loadu(in[j] + i, count);
-    V keep = zero == zero;
-    if (mask) keep = V::loadu(mask + i, count) != zero;
+    if constexpr (Masked) {  // zeroed before the formula for the domain's sake, after it for the value's
+      keep = V::loadu(mask + i, count) != zero;
+      for (V& v : x) v = v & keep;
+    }
     for (int j = 0; j < F::inputs; ++j)
-      if (F::domain[j] == Domain::unit)
-        inside[j] = inside[j] & (((x[j] >= zero) & (x[j] <= one)) | (keep == zero));
+      if (F::domain[j] == Domain::unit) inside[j] = inside[j] & (x[j] >= zero) & (x[j] <= one);
     auto r = F::template eval<V>(x, options);
-    if (mask) r.value = select(keep, r.value, zero);
-    sum.add(count == width ? r.value : V::set(zero, r.value, count));
     if constexpr (Grad) {
       for (int j = 0; j < F::inputs; ++j) {
         if (!grad[j]) continue;
         V g = factor * r.grad[j];
-        if (mask) g = select(keep, g, zero);
+        if constexpr (Masked) g = g & keep;
         g.store(grad[j] + i, count);
       }
     }
-  };
-  int64_t i = 0;
-  for (; i + width <= n; i += width) step(i, width);
-  if (i < n) step(i, n - i);
+    if constexpr (Masked) r.value = r.value & keep;
+    return r.value;
+  });
 
   for (int j = 0; j < F::inputs; ++j)
-    if (inside[j].zero_mask() != 0) outside |= 1u << j;
-  return sum.total();
+    if (F::domain[j] == Domain::unit && inside[j].zero_mask() != 0) outside |= 1u << j;
+  return total;
 }
 
-template <class F, class T, bool Grad>
+template <class F, class T, bool Grad, bool Masked>
 inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsigned& outside) {
   using V = Vec<T>;
   const int64_t per_row = chunks(a.cols);
@@ -176,12 +160,15 @@ inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsi
         if (a.sum_grad[j]) grad[j] = grad_buffer[j];
         if (a.grad[j].data) grad[j] = output_tile(a.grad[j], start, grad_buffer[j]);
       }
-      const T* mask = a.mask.data ? load_tile(a.mask, row, col, n, mask_buffer) : nullptr;
-      sums[0] += formula_tile<F, T, Grad>(in, mask, grad, n, options, static_cast<T>(scale), outside);
+      const T* mask = Masked ? load_tile(a.mask, row, col, n, mask_buffer) : nullptr;
+      sums[0] += formula_tile<F, T, Grad, Masked>(in, mask, grad, n, options,
+                                                  static_cast<T>(scale), outside);
       for (int j = 0; j < F::inputs; ++j) {
         if (!grad[j]) continue;
         if (a.sum_grad[j])
-          sums[1 + j] += sum_tile(grad[j], n);
+          sums[1 + j] += sum_vectors<T>(n, [&](int64_t i, int64_t count) {
+            return Vec<T>::loadu(grad[j] + i, count);
+          });
         else
           store_tile(a.grad[j], start, n, grad[j]);
       }
@@ -195,10 +182,12 @@ inline void rowwise_formula(const RowwiseArgs& a) {
   const int64_t units = a.rows * chunks(a.cols);
   at::parallel_for(0, units, grain(std::min(a.cols, row_chunk)), [&](int64_t begin, int64_t end) {
     unsigned outside = 0;
-    if (a.want_grad)
-      rowwise_range<F, T, true>(a, begin, end, outside);
+    if (a.mask.data)
+      a.want_grad ? rowwise_range<F, T, true, true>(a, begin, end, outside)
+                  : rowwise_range<F, T, false, true>(a, begin, end, outside);
     else
-      rowwise_range<F, T, false>(a, begin, end, outside);
+      a.want_grad ? rowwise_range<F, T, true, false>(a, begin, end, outside)
+                  : rowwise_range<F, T, false, false>(a, begin, end, outside);
     if (outside) __atomic_fetch_or(a.outside, outside, __ATOMIC_RELAXED);
   });
 }

@@ -65,7 +65,7 @@ inline void sample_as(const SampleArgs& a) {
       const T* in[] = {mu, logvar};
       unsigned outside = 0;
       a.kl[unit] +=
-          formula_tile<StandardKL, T, false>(in, nullptr, nullptr, n, nullptr, T(1), outside);
+          formula_tile<StandardKL, T, false, false>(in, nullptr, nullptr, n, nullptr, T(1), outside);
     }
   });
 }

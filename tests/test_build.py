@@ -1,0 +1,167 @@
+"""The extension: build facts, the contract between languages, set-up without torch or a compiler."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastvae
+import fastvae._C as _C
+from fastvae.likelihoods import registry
+
+ROOT = Path(__file__).parent.parent
+ISAS = _C.build_info()["isas"].split(",")
+USABLE = ISAS[: ISAS.index(_C.build_info()["isa"]) + 1]
+
+
+def python(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_build_info() -> None:
+    info = _C.build_info()
+    assert info["version"] == fastvae.__version__
+    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert info["isa"] in ISAS
+    assert re.match(r"\d+\.", info["compiler"])
+
+
+def test_cpp_and_python_have_the_same_families() -> None:
+    assert sorted(_C.likelihoods()) == sorted(registry)
+    for name, make in registry.items():
+        likelihood = make()
+        assert likelihood.family == name
+        # One option too many is refused: the two languages agree on their number.
+        x, recon = likelihood.sample_inputs((2, 3))
+        params = (*recon, *recon)[: len(likelihood.param_names)]
+        torch.ops.fastvae.log_likelihood(x, params, name, likelihood.options)
+        with pytest.raises(ValueError, match="options"):
+            torch.ops.fastvae.log_likelihood(x, params, name, (*likelihood.options, 1.0))
+
+
+@pytest.mark.parametrize("isa", USABLE)
+def test_every_instruction_set_passes_the_numerics(isa: str) -> None:
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": isa.lower()}
+    files = [f"tests/test_{n}.py" for n in ("likelihood", "latent", "sampling", "vec")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        env=env, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    code = "import fastvae._C as c; print(c.build_info()['isa'])"
+    assert python(code, ATEN_CPU_CAPABILITY=isa.lower()) == isa
+
+
+@pytest.mark.skipif("AVX512" not in USABLE, reason="needs AVX-512 to compare with AVX2")
+def test_draws_are_the_same_bits_on_avx2_and_avx512() -> None:
+    code = (
+        "import torch, fastvae, hashlib; s = torch.tensor([42]);"
+        "n = torch.ops.fastvae.noise(s, [300, 1000], 1, 0);"
+        "print(hashlib.sha256(n.numpy().tobytes()).hexdigest())"
+    )
+    digests = {python(code, ATEN_CPU_CAPABILITY=isa) for isa in ("avx2", "avx512")}
+    assert len(digests) == 1
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
+def test_formulas_compile_for_cuda(tmp_path: Path) -> None:
+    source = tmp_path / "formulas.cu"
+    source.write_text(
+        '#include "cuda/math.h"\n#include "formulas/all.h"\n'
+        "template <class F, class T>\n"
+        "__global__ void kernel(const T* in, T* out) {\n"
+        "  T x[F::inputs], opt[fastvae::max_options] = {};\n"
+        "  for (int j = 0; j < F::inputs; ++j) x[j] = in[j];\n"
+        "  auto r = F::template eval<T>(x, opt);\n"
+        "  out[0] = r.value;\n"
+        "  for (int j = 0; j < F::inputs; ++j) out[1 + j] = r.grad[j];\n}\n"
+        "#define INSTANTIATE(F) template __global__ void kernel<fastvae::F, float>(const float*, float*);"
+        " template __global__ void kernel<fastvae::F, double>(const double*, double*);\n"
+        "FASTVAE_FORMULAS(INSTANTIATE)\n"
+        "__global__ void latent(float m, float lv, float e, float* out) {\n"
+        "  out[0] = fastvae::sample(m, lv, e); out[1] = fastvae::sample_dlogvar(lv, e);\n}\n"
+    )
+    done = subprocess.run(
+        ["nvcc", "-std=c++17", "-arch=sm_80", "-cubin", "-Werror", "all-warnings",
+         "-I", str(ROOT / "csrc"), str(source), "-o", str(tmp_path / "formulas.cubin")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "formulas.cubin").stat().st_size > 0
+
+
+def setup_py(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path)]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+def test_building_without_a_compiler_says_so_in_one_sentence(tmp_path: Path) -> None:
+    done = setup_py(tmp_path, CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("fastvae: the C++ compiler")
+    assert "Traceback" not in done.stderr
+
+
+def test_building_without_torch_says_so_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch')")
+    done = setup_py(tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("fastvae: torch is missing")
+    assert "Traceback" not in done.stderr
+
+
+def test_without_the_extension_the_eager_backend_serves(tmp_path: Path) -> None:
+    package = tmp_path / "fastvae"
+    shutil.copytree(ROOT / "fastvae", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = (
+        "import torch, fastvae; b = fastvae.backends(); assert not b['cpp'].available;"
+        "assert 'not built' in b['cpp'].detail; assert b['eager'].available;"
+        "mu = torch.zeros(2, 3, requires_grad=True);"
+        "z, kl = fastvae.rsample_kl(mu, mu); x = torch.rand(2, 3);"
+        "fastvae.ELBOLoss()(z, x, kl=kl).backward(); assert mu.grad is not None\n"
+        "try: fastvae.rsample(mu, mu, backend='cpp')\n"
+        "except ValueError as e: print(e)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("backend 'cpp' is not available: the C++ extension is not built")
+    assert done.stderr == ""
+
+
+def test_import_is_silent_and_does_not_need_triton() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['triton'] = None; import fastvae"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm here")
+def test_instruction_sets_share_no_weak_symbols() -> None:
+    """A weak symbol outside the namespaces could be the AVX-512 copy on a machine without it."""
+    objects = [p for p in ROOT.glob("build/temp*/*/**/kernels.o") if "AVX" in str(p)]
+    if not objects:
+        pytest.skip("built elsewhere: no object files beside the sources")
+    for path in objects:
+        isa = next(part for part in path.parts if part.startswith("AVX"))
+        listing = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True).stdout
+        weak = [line[17:] for line in listing.splitlines() if re.search(r" [WVu] ", line[16:20])]
+        leaked = [
+            s for s in weak if isa not in s and "DW.ref" not in s and "lazy_init_num_threads" not in s
+        ]
+        assert not leaked, leaked

@@ -1,0 +1,198 @@
+"""torch.ops.fastvae as PyTorch sees it: opcheck, compile, torch.func, double backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradgradcheck
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.library import opcheck
+
+import fastvae
+from fastvae.likelihoods import Gaussian, registry
+
+ops = torch.ops.fastvae
+SEED = torch.tensor([1234567])
+
+
+def leaf(*shape: int, positive: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    t = torch.rand(*shape, dtype=dtype) if positive else torch.randn(*shape, dtype=dtype)
+    return t.requires_grad_()
+
+
+def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    torch.manual_seed(0)
+    mu, logvar, x, logits = leaf(5, 7), leaf(5, 7), torch.rand(5, 11), leaf(5, 11)
+    kl, mask, weight = leaf(5, positive=True), torch.rand(5, 11) > 0.5, torch.rand(5)
+    plain = [t.detach() for t in (mu, logvar, logits)]
+    needs = [True, True, False, False]
+    scalar = torch.zeros((), requires_grad=True)
+    return {
+        "noise": (ops.noise, (SEED, [5, 7], 2, 3)),
+        "rsample": (ops.rsample, (mu, logvar, SEED)),
+        "rsample-K": (ops.rsample, (mu, logvar, SEED, 3, 2)),
+        "rsample_kl": (ops.rsample_kl, (mu, logvar, SEED)),
+        "rsample_backward": (
+            ops.rsample_backward,
+            (torch.randn(5, 7), torch.rand(5), plain[0], plain[1], SEED, None, 0),
+        ),
+        "kl_divergence": (ops.kl_divergence, (mu, logvar)),
+        "kl_divergence-prior": (ops.kl_divergence, (mu, logvar, leaf(5, 7), leaf(5, 7))),
+        "kl_divergence_backward": (
+            ops.kl_divergence_backward,
+            (torch.rand(5), plain[0], plain[1], None, None, needs),
+        ),
+        "log_likelihood": (ops.log_likelihood, (x, [logits], "bernoulli", [], mask)),
+        "log_likelihood-K": (ops.log_likelihood, (x, [leaf(3, 5, 11)], "gaussian", [1.0, 0.0])),
+        "log_likelihood-scalar": (
+            ops.log_likelihood,
+            (x, [logits, scalar], "gaussian_logvar", [0.0]),
+        ),
+        "log_likelihood_forward": (
+            ops.log_likelihood_forward,
+            (x, [plain[2]], "bernoulli", [], None, weight, -0.5, needs),
+        ),
+        "elbo": (ops.elbo, (x, [logits], kl, "bernoulli", [], None, None, 1.0, "mean")),
+        "elbo-none": (ops.elbo, (x, [logits], kl, "bernoulli", [], mask, weight, 2.0, "none")),
+        "elbo_reduce": (ops.elbo_reduce, (torch.rand(3, 5), torch.rand(5), weight, 1.0, "sum")),
+    }
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_opcheck(name: str) -> None:
+    op, args = operator_calls()[name]
+    opcheck(op.default, args)
+
+
+def test_opcheck_seed() -> None:
+    # Its value is random: the two runs that test_aot_dispatch compares can't agree.
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(ops.seed.default, (torch.zeros(1),), test_utils=utils)
+
+
+def test_every_operator_is_checked() -> None:
+    checked = {str(op) for op, _ in operator_calls().values()} | {"fastvae.seed"}
+    schemas = torch._C._jit_get_all_schemas()
+    declared = {s.name.replace("::", ".") for s in schemas if s.name.startswith("fastvae::")}
+    assert {name.removesuffix(".default") for name in checked} == declared
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph_draws_and_differentiates_alike(dynamic: bool) -> None:
+    criterion = fastvae.ELBOLoss()
+
+    def step(mu: Tensor, logvar: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        z, kl = fastvae.rsample_kl(mu, logvar)
+        return criterion(z @ weight, x, kl=kl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    weight = leaf(4, 9)
+    for batch in (6, 8) if dynamic else (6,):
+        mu, logvar, x = leaf(batch, 4), leaf(batch, 4), torch.rand(batch, 9)
+        results = []
+        for f in (step, compiled):
+            torch.manual_seed(7)
+            loss = f(mu, logvar, x, weight)
+            results.append((loss, *torch.autograd.grad(loss, (mu, logvar, weight))))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("family", registry)
+def test_functorch_matches_autograd(family: str) -> None:
+    likelihood = registry[family]()
+    x, recon = likelihood.sample_inputs((5, 7))
+    if len(recon) < len(likelihood.param_names):
+        recon = (*recon, torch.randn(5, 7))
+
+    def value(*r: Tensor) -> Tensor:
+        return fastvae.log_likelihood(x, r, likelihood).sum()
+
+    leaves = tuple(t.clone().requires_grad_() for t in recon)
+    expected = torch.autograd.grad(value(*leaves), leaves)
+    argnums = tuple(range(len(recon)))
+    for got, want in zip(grad(value, argnums)(*recon), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    tangents = tuple(torch.randn_like(t) for t in recon)
+    _, tangent = jvp(value, recon, tangents)
+    inner = sum((t * g).sum() for t, g in zip(tangents, expected, strict=True))
+    torch.testing.assert_close(tangent, inner)
+
+
+def test_vmap_per_sample_gradients() -> None:
+    criterion = fastvae.ELBOLoss()
+    x, logits, kl = torch.rand(5, 7), torch.randn(5, 7), torch.rand(5)
+
+    def one(logits: Tensor, x: Tensor, kl: Tensor) -> Tensor:
+        return criterion(logits[None], x[None], kl=kl[None])
+
+    per_sample = vmap(grad(one))(logits, x, kl)
+    torch.testing.assert_close(per_sample, logits.sigmoid() - x)
+
+
+def test_vmap_obeys_randomness() -> None:
+    mu = torch.zeros(3, 2, 4)
+
+    def draw(m: Tensor) -> Tensor:
+        return fastvae.rsample(m, m)
+
+    different = vmap(draw, randomness="different")(mu)
+    assert different.unique().numel() == mu.numel()
+    same = vmap(draw, randomness="same")(mu)
+    assert torch.equal(same[0], same[1]) and same[0].unique().numel() == 8
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(draw)(mu)
+
+
+def test_functional_call_through_rsample_kl() -> None:
+    encoder = torch.nn.Linear(4, 6)
+    params = dict(encoder.named_parameters())
+    x = torch.rand(5, 4)
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        mu, logvar = functional_call(encoder, params, (x,)).chunk(2, dim=1)
+        z, kl = fastvae.rsample_kl(mu, logvar)
+        return z.square().sum() + kl.sum()
+
+    torch.manual_seed(3)
+    got = grad(loss)(params)
+    torch.manual_seed(3)
+    seed = torch.randint(2**63 - 1, (1,))  # what a transform draws the seed by
+    mu, logvar = encoder(x).chunk(2, dim=1)
+    z, kl = ops.rsample_kl(mu, logvar, seed)
+    (z.square().sum() + kl.sum()).backward()
+    for name, p in encoder.named_parameters():
+        torch.testing.assert_close(got[name], p.grad)
+
+
+def test_hessian_of_the_kl_is_the_closed_form() -> None:
+    logvar = torch.randn(1, 4, dtype=torch.float64)
+    h = hessian(lambda lv: fastvae.kl_divergence(torch.zeros_like(lv), lv).sum())(logvar)
+    torch.testing.assert_close(h.reshape(4, 4), torch.diag(0.5 * logvar[0].exp()))
+
+
+def double(*shape: int) -> Tensor:
+    return leaf(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b: ops.rsample(a, b, SEED, 2),
+        lambda a, b: ops.rsample_kl(a, b, SEED),
+        lambda a, b: fastvae.kl_divergence(a, b),
+        lambda a, b: fastvae.kl_divergence(a, b, prior=(b * 0.5, a * 0.3)),
+        lambda a, b: fastvae.log_likelihood(a.sigmoid(), b),
+        lambda a, b: fastvae.log_likelihood(a.sigmoid(), b.sigmoid(), "bernoulli_probs"),
+        lambda a, b: fastvae.log_likelihood(a, b, Gaussian(scale=0.5)),
+        lambda a, b: fastvae.log_likelihood(a, (b, a.sin()), "gaussian_logvar"),
+        lambda a, b: fastvae.elbo_loss(b, a.sigmoid(), a, b),
+        lambda a, b: fastvae.elbo_loss(b, a, a, b, likelihood="gaussian", reduction="none"),
+    ],
+)
+def test_gradgradcheck(function: Callable[[Tensor, Tensor], Any]) -> None:
+    torch.manual_seed(0)
+    assert gradgradcheck(function, (double(3, 4), double(3, 4)))
