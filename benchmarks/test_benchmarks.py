@@ -57,4 +57,4 @@ def test_step_is_three_times_faster_than_eager() -> None:
     measured = measure(STEPS["middle"])
     assert not measured.faults.keys() & {"fastvae", "eager"}, measured.faults
     speedup = measured.speedup("eager")
-    assert speedup >= 3
+    assert speedup >= 3, f"while other processes used {measured.others:.1f} CPUs"

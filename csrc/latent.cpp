@@ -2,6 +2,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <limits>
 #include <mutex>
 
 #include "aten_math.h"
@@ -21,7 +22,9 @@ Tensor seed_cpu(const Tensor&, std::optional<at::Generator> generator) {
   auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
   const std::lock_guard<std::mutex> lock(g->mutex_);
   const Tensor seed = at::empty({1}, at::kLong);
-  *seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(g->random64());
+  // What torch.randint(2**63 - 1, (1,)) gives, so that every route draws the same.
+  constexpr auto range = static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
+  *seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(g->random64() % range);
   return seed;
 }
 

@@ -133,10 +133,12 @@ struct Call : torch::CustomClassHolder {
   Needs needs;             // of [x, parameters...]
   double scale = 1.0;      // d(loss) / d(ln p of one row), the weights apart
   double kl_scale = 0.0;   // d(loss) / d(kl of one row), likewise
-  bool prescaled = false;  // the saved gradients already hold scale and weight
+  // float16 gradients are not saved but computed in backward, with the upstream factor in float32:
+  // 1/B of them would drop into the subnormals before a GradScaler's factor arrives.
+  bool recompute = false;
   at::ScalarType kl_type = at::kFloat;
 
-  Tensor weighted(const Tensor& g, double s) const { return weight ? g * (*weight * s) : g * s; }
+  Tensor weighted(const Tensor& g, double s) const { return weight ? g * (weight->to(g.scalar_type()) * s) : g * s; }
 };
 
 c10::intrusive_ptr<Call> make_call(at::TensorList inputs, c10::string_view family,
@@ -151,17 +153,21 @@ c10::intrusive_ptr<Call> make_call(at::TensorList inputs, c10::string_view famil
   return call;
 }
 
+std::tuple<Tensor, std::vector<Tensor>> run_forward(const Call& call, at::TensorList inputs,
+                                                    const OptTensor& weight, double scale,
+                                                    const Needs& wanted) {
+  std::array<bool, max_inputs> needs{};
+  std::copy(wanted.begin(), wanted.end(), needs.begin());
+  return log_likelihood_forward(inputs[0], inputs.slice(1), call.family, call.spec.options, call.mask,
+                                weight, scale, needs);
+}
+
 // Runs the fused op and saves its gradients beside the inputs (which a double backward needs).
 Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs,
                         const c10::intrusive_ptr<Call>& call) {
-  // float16 gradients are saved unscaled: 1/B of them would drop into the subnormals before a
-  // GradScaler's factor arrives.
-  call->prescaled = inputs[1].scalar_type() != at::kHalf;
-  std::array<bool, max_inputs> needs{};
-  std::copy(call->needs.begin(), call->needs.end(), needs.begin());
-  auto [value, grads] = log_likelihood_forward(
-      inputs[0], inputs.slice(1), call->family, call->spec.options, call->mask,
-      call->prescaled ? call->weight : OptTensor(), call->prescaled ? call->scale : 1.0, needs);
+  call->recompute = inputs[1].scalar_type() == at::kHalf;
+  auto [value, grads] =
+      run_forward(*call, inputs, call->weight, call->scale, call->recompute ? Needs{} : call->needs);
   variable_list saved(inputs.begin(), inputs.end());
   saved.insert(saved.end(), grads.begin(), grads.end());
   ctx->save_for_backward(std::move(saved));
@@ -181,21 +187,30 @@ variable_list likelihood_grads(const Call& call, const variable_list& saved, con
       if (call.needs[j]) out[j] = grads[k++];
     return out;
   }
-  const Tensor factor = call.prescaled ? upstream : call.weighted(upstream, call.scale);
-  // The buffer is ours alone unless the graph is kept: then it must survive for the next backward.
-  const bool plain = is_plain_cpu(upstream);
-  const bool ours = plain && !torch::autograd::get_current_graph_task_keep_graph();
-  const bool one = plain && factor.dim() == 0 && factor.item<double>() == 1.0;
-  const Tensor f = unsqueeze_event(factor, inputs[0].dim() - 1);
-  for (size_t j = 0, k = count; j < count; ++j) {
-    if (!call.needs[j]) continue;
-    Tensor grad = saved[k++];
-    if (ours)
-      grad = one ? grad : grad.mul_(f);
-    else
-      grad = (grad * f).to(grad.scalar_type());
-    out[j] = reduce_to(grad, inputs[j]);
+  std::vector<Tensor> grads;
+  if (call.recompute) {
+    at::AutoDispatchBelowAutograd guard;
+    Tensor factor = call.weighted(upstream, call.scale);
+    if (factor.dim() == 0) factor = factor.expand({inputs[0].size(0)});
+    grads = std::get<1>(run_forward(call, inputs, factor, 1.0, call.needs));
+  } else {
+    // The buffers are ours alone unless the graph is kept: then they must survive for the next
+    // backward.
+    const bool plain = is_plain_cpu(upstream);
+    const bool ours = plain && !torch::autograd::get_current_graph_task_keep_graph();
+    const bool one = plain && upstream.dim() == 0 && upstream.item<double>() == 1.0;
+    const Tensor factor = unsqueeze_event(upstream, inputs[0].dim() - 1);
+    for (size_t k = count; k < saved.size(); ++k) {
+      Tensor grad = saved[k];
+      if (!ours)
+        grad = (grad * factor).to(grad.scalar_type());
+      else if (!one)
+        grad.mul_(factor);
+      grads.push_back(grad);
+    }
   }
+  for (size_t j = 0, k = 0; j < count; ++j)
+    if (call.needs[j]) out[j] = reduce_to(grads[k++], inputs[j]);
   return out;
 }
 

@@ -67,8 +67,10 @@ void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask
     if (weight) {
       check_cpu(*weight, "weight");
       check_floating(*weight, "weight");
-      TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == x.size(0), "weight must have shape [",
-                        x.size(0), "], got ", weight->sizes());
+      TORCH_CHECK_VALUE(weight->sizes() == x.sizes().slice(0, 1) ||
+                            weight->sizes() == full.sizes().slice(0, lead),
+                        "weight must have shape [", x.size(0), "] or that of the rows, got ",
+                        weight->sizes());
     }
   });
 }
@@ -112,7 +114,7 @@ RowwiseResult rowwise_cpu(const Spec& spec, at::TensorList inputs, const OptTens
     a.in[j] = operands[j].operand;
   }
   if (mask) a.mask = (mask_rows = as_rows(*mask, 1)).operand;
-  if (weight) a.weight = (weight_rows = as_rows(*weight, 1)).operand;
+  if (weight) a.weight = (weight_rows = as_rows(*weight, weight->dim())).operand;
 
   RowwiseResult result;
   for (size_t j = 0; j < needs.size(); ++j) {

@@ -23,7 +23,8 @@ struct RowwiseResult {
 };
 
 // inputs[0] is [B, *event]; inputs[1] has the full shape, [B, *event] or [K, B, *event]; later ones
-// have that or are constant along each row. Gradients are multiplied by scale · weight[b].
+// have that or are constant along each row. Gradients are multiplied by
+// scale · weight, the latter [B] or [rows...].
 RowwiseResult rowwise_cpu(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                           const OptTensor& weight, double scale, const Needs& needs);
 

@@ -71,3 +71,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def in_transform() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp, …) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def draw_seed(mu: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One int64 from torch's generator, on mu's device; the noise is a function of it."""
+    return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastvae._backends._common import Backend, Prior, Terms, in_transform
+from fastvae._backends._common import Backend, Prior, Terms, draw_seed, in_transform
 from fastvae.likelihoods import Likelihood
 
 try:
@@ -27,9 +27,9 @@ def status() -> Backend:
 
 
 def _seed(mu: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One int64 from torch's generator; the noise is a function of it."""
-    if in_transform():  # randint obeys vmap's randomness=; an op of ours would not
-        return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)
+    """As draw_seed, the same value; an op of ours is faster and compiles to the same draws."""
+    if in_transform():  # randint obeys vmap's randomness=
+        return draw_seed(mu, generator)
     seed: Tensor = _ops.seed.default(mu, generator)
     return seed
 

@@ -1,17 +1,58 @@
 """The eager backend: plain PyTorch, any device, no compiled code.
 
-Its noise is torch.randn's, so its draws differ from the other backends' under the same seed.
+It draws the kernels' noise: the same random bits, normals that differ in the last place.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from fastvae._backends._common import Backend, Prior, Terms, compute_dtype, in_transform
+from fastvae._backends._common import (
+    Backend,
+    Prior,
+    Terms,
+    compute_dtype,
+    draw_seed,
+    in_transform,
+)
 from fastvae.likelihoods import Likelihood
 
 
 def status() -> Backend:
     return Backend(True, "plain PyTorch on any device")
+
+
+def _multiply(m: int, a: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low half of the 64-bit product of 32-bit words (int64 wraps, its bits are right)."""
+    product = m * a
+    return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF
+
+
+def _noise(seed: Tensor, size: torch.Size, num_samples: int, sample_offset: int) -> Tensor:
+    """The normals of csrc/cpu/philox.h, [K, *size] in float32."""
+    batch, columns = size[0], size[1:].numel()
+    device = seed.device
+    sample = torch.arange(batch, device=device) + sample_offset
+    draw = sample * num_samples + torch.arange(num_samples, device=device)[:, None]
+    index = draw[..., None] * columns + torch.arange(columns, device=device)
+
+    counter = 16 * (index // 64) + index % 16
+    c0, c1 = counter & 0xFFFFFFFF, counter >> 32
+    c2 = c3 = torch.zeros_like(c0)
+    key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high2, low2 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ key0, low2, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+
+    which = index % 64 // 16  # of the counter's four normals
+    a, b = torch.where(which < 2, c0, c2), torch.where(which < 2, c1, c3)
+    u = (a >> 1).float() * 2.0**-31 + 2.0**-32
+    angle = (b - ((b >> 31) << 32)).float() * (math.pi * 2.0**-31)  # b as a signed word
+    normal = (-2 * u.log()).sqrt() * torch.where(which % 2 == 0, angle.cos(), angle.sin())
+    return normal.view(num_samples, *size)
 
 
 def rsample(
@@ -21,11 +62,10 @@ def rsample(
     generator: torch.Generator | None,
     sample_offset: int,
 ) -> Tensor:
-    if sample_offset:
-        raise ValueError("sample_offset needs a counter-based stream, which backend 'eager' lacks")
     dtype = compute_dtype(mu.dtype)
-    shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
-    eps = torch.randn(shape, dtype=dtype, device=mu.device, generator=generator)
+    eps = _noise(draw_seed(mu, generator), mu.shape, num_samples or 1, sample_offset).to(dtype)
+    if num_samples is None:
+        eps = eps.squeeze(0)
     return (mu.to(dtype) + (0.5 * logvar.to(dtype)).exp() * eps).to(mu.dtype)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,32 @@ class Bernoulli(Likelihood):
         return x, (3 * torch.randn(*shape, generator=generator),)
 
 
+class _ClampedLogs(torch.autograd.Function):
+    """max(ln p, m) and max(ln(1 − p), m), with BCELoss's gradient: its floor of 1e-12, no clamp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p: Tensor, log_min: float) -> tuple[Tensor, Tensor]:
+        return p.log().clamp_min(log_min), (-p).log1p().clamp_min(log_min)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (p,) = ctx.saved_tensors
+        return (grads[0] * (1 - p) - grads[1] * p) / (p * (1 - p)).clamp_min(1e-12), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        (p,) = ctx.saved_tensors
+        scaled = tangents[0] / (p * (1 - p)).clamp_min(1e-12)
+        return scaled * (1 - p), -scaled * p
+
+
 class BernoulliProbs(Likelihood):
     """ln p(x | p) = x ln p + (1 − x) ln(1 − p), from probabilities, as older decoders emit them.
 
@@ -61,11 +88,8 @@ class BernoulliProbs(Likelihood):
 
     def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
         (p,) = params
-        if self.log_min == -100.0:  # BCELoss's own clamp, with its gradient where p is 0 or 1
-            shape = torch.broadcast_shapes(x.shape, p.shape)
-            return -F.binary_cross_entropy(p, x.expand(shape), reduction="none")
-        floor = p.new_tensor(self.log_min)
-        return x * torch.maximum(p.log(), floor) + (1 - x) * torch.maximum((-p).log1p(), floor)
+        log_p, log_q = _ClampedLogs.apply(p, self.log_min)
+        return x * log_p + (1 - x) * log_q
 
     @classmethod
     def sample_inputs(
