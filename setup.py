@@ -13,16 +13,32 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'version = "(.+)"', (ROOT / "pyproject.toml").read_text()).group(1)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# One source, compiled once per instruction set; each object picks its own namespace by CPU_CAPABILITY.
+# One source, compiled once per instruction set, each in its own namespace.
 ISAS = {"DEFAULT": ["-DCPU_CAPABILITY_DEFAULT"]}
 if X86:
     ISAS["AVX2"] = ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"]
-    ISAS["AVX512"] = ["-DCPU_CAPABILITY_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-    ISAS["AVX512"] += ["-mfma", "-mf16c", "-Wno-uninitialized"]  # GCC 12 warns of its own intrinsics
+    ISAS["AVX512"] = [
+        "-DCPU_CAPABILITY_AVX512",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+    ]
+    ISAS["AVX512"] += [
+        "-mfma",
+        "-mf16c",
+        "-Wno-uninitialized",
+    ]  # GCC 12 warns of its own intrinsics
 
 # -ffp-contract=off: fused multiply-adds only where the source says so, the same on every set.
 FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
-FLAGS += ["-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", f'-DFASTVAE_VERSION="{VERSION}"']
+FLAGS += [
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    f'-DFASTVAE_VERSION="{VERSION}"',
+]
 FLAGS += ["-DFASTVAE_X86"] if X86 else []
 
 
@@ -39,10 +55,15 @@ def extension() -> dict:
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        fail("torch is missing here: install torch first, then `pip install . --no-build-isolation`.")
+        fail(
+            "torch is missing here: install torch first, then `pip install . --no-build-isolation`."
+        )
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler.split()[0]) is None:
-        fail(f"the C++ compiler `{compiler}` is missing: install it (Debian: apt install g++), or set CXX.")
+        fail(
+            f"the C++ compiler `{compiler}` is missing: install it (Debian: apt install g++) "
+            "or set CXX."
+        )
     if shutil.which("ninja") is None:
         fail("the build tool `ninja` is missing: pip install ninja.")
 
@@ -54,7 +75,7 @@ def extension() -> dict:
                     kernels,
                     output_dir=str(Path(self.build_temp) / isa),
                     include_dirs=ext.include_dirs,
-                    extra_postargs={"cxx": FLAGS + [f"-DCPU_CAPABILITY={isa}", *flags]},
+                    extra_postargs={"cxx": [*FLAGS, f"-DCPU_CAPABILITY={isa}", *flags]},
                     depends=ext.depends,
                 )
             super().build_extension(ext)

@@ -123,7 +123,6 @@ def log_likelihood_case(family: str) -> Case:
 
     def run(x: Tensor, backend: str = "auto", **parameters: Tensor) -> tuple[Tensor]:
         recon = tuple(parameters.values())
-        recon = recon if len(recon) > 1 else recon[0]
         return (fastvae.log_likelihood(x, recon, likelihood, backend=backend),)
 
     def eager(x: Tensor, **parameters: Tensor) -> tuple[Tensor]:

@@ -14,7 +14,9 @@ from torch import Tensor
 LN_2PI = math.log(2 * math.pi)
 
 
-def elbo(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor | None = None):
+def elbo(
+    logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The whole step head of a Bernoulli VAE: -> z [B, latents], loss []."""
     std = torch.exp(0.5 * logvar)
     eps = torch.randn_like(std) if eps is None else eps
@@ -24,17 +26,17 @@ def elbo(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor | No
     return z, reconstruction / x.shape[0] + kl / x.shape[0]
 
 
-def rsample(mu: Tensor, logvar: Tensor, eps: Tensor | None = None):
+def rsample(mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> tuple[Tensor]:
     std = torch.exp(0.5 * logvar)
     eps = torch.randn_like(std) if eps is None else eps
     return (mu + eps * std,)
 
 
-def kl_divergence(mu: Tensor, logvar: Tensor):
+def kl_divergence(mu: Tensor, logvar: Tensor) -> tuple[Tensor]:
     return (-0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=1),)
 
 
-def rsample_kl(mu: Tensor, logvar: Tensor, eps: Tensor | None = None):
+def rsample_kl(mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return *rsample(mu, logvar, eps), *kl_divergence(mu, logvar)
 
 

@@ -32,7 +32,7 @@ RIVALS = CONTENDERS[1:]
 def lines(measured: Iterable[Measurement]) -> list[str]:
     """The table's lines; a contender that computes something wrong has a reason, not a time."""
     measured = list(measured)
-    table = [HEADER]
+    table: list[tuple[str, ...]] = [HEADER]
     for measurement in measured:
         table += [row(measurement, phase) for phase in PHASES]
     widths = [max(len(cells[i]) for cells in table) for i in range(len(HEADER))]

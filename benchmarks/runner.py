@@ -177,9 +177,9 @@ def check(case: Case, run: Contender, problem: Problem) -> str | None:
     expected = (*truth, *backward(truth, problem._replace(inputs=wide, upstream=upstream)))
     labels = [f"output {i}" for i in range(len(outputs))] + [f"d_{name}" for name in names]
     for label, got, want in zip(labels, (*outputs, *gradients), expected, strict=True):
-        error = (got.double() - want).abs().max() / want.abs().max()
-        if not error <= TOLERANCE:  # a NaN too
-            return f"{label} is off by {error:.1e} of its largest element"
+        off = (got.double() - want).abs().max() / want.abs().max()
+        if not off <= TOLERANCE:  # a NaN too
+            return f"{label} is off by {off:.1e} of its largest element"
     return None
 
 

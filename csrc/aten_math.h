@@ -16,7 +16,8 @@ V num(double v) {
   return at::native::wrapped_scalar_tensor(v);  // a wrapped number: does not promote float32
 }
 
-// max(ln x, floor) and max(ln(1 + x), floor); where the logarithm is −∞ the derivative is 0, not NaN.
+// max(ln x, floor) and max(ln(1 + x), floor); where the logarithm is −∞ the derivative is 0, not
+// NaN.
 inline Tensor log_floor(const Tensor& x, const Tensor& floor) {
   const Tensor inside = x > 0;
   return at::maximum(at::where(inside, at::log(at::where(inside, x, 1.0)), floor), floor);

@@ -20,13 +20,19 @@ bool needs_composite(at::TensorList inputs) {
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kDouble: return DType::f64;
-    case at::kFloat: return DType::f32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
+    case at::kDouble:
+      return DType::f64;
+    case at::kFloat:
+      return DType::f32;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
     case at::kByte:
-    case at::kBool: return DType::u8;
-    default: TORCH_CHECK_TYPE(false, "fastvae has no kernel for dtype ", t.scalar_type());
+    case at::kBool:
+      return DType::u8;
+    default:
+      TORCH_CHECK_TYPE(false, "fastvae has no kernel for dtype ", t.scalar_type());
   }
 }
 
@@ -52,8 +58,10 @@ std::optional<int64_t> row_stride(const Tensor& t, int64_t lead) {
   int64_t stride = 0, rows = 1;
   for (int64_t d = lead - 1; d >= 0; --d) {
     if (t.size(d) == 1) continue;
-    if (rows == 1) stride = t.stride(d);
-    else if (t.stride(d) != stride * rows) return std::nullopt;
+    if (rows == 1)
+      stride = t.stride(d);
+    else if (t.stride(d) != stride * rows)
+      return std::nullopt;
     rows *= t.size(d);
   }
   return stride;

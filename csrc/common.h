@@ -35,19 +35,23 @@ inline bool any_requires_grad(at::TensorList tensors) {
 
 // --- dtypes --------------------------------------------------------------------------------------
 
-inline at::ScalarType compute_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType compute_type(at::ScalarType t) {
+  return t == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 DType dtype_of(const Tensor& t);
 
-// --- checks: what memory safety needs; fastvae/functional.py explains the rest to the user ---------
+// --- checks: what memory safety needs; fastvae/functional.py explains the rest to the user
+// ---------
 
 inline void check_cpu(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.is_cpu(), name, " must be a CPU tensor here, got ", t.device());
 }
 
-inline void check_same_shape(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
-  TORCH_CHECK_VALUE(a.sizes() == b.sizes(), a_name, " and ", b_name, " must have the same shape, got ",
-                    a.sizes(), " and ", b.sizes());
+inline void check_same_shape(const Tensor& a, const char* a_name, const Tensor& b,
+                             const char* b_name) {
+  TORCH_CHECK_VALUE(a.sizes() == b.sizes(), a_name, " and ", b_name,
+                    " must have the same shape, got ", a.sizes(), " and ", b.sizes());
 }
 
 inline void check_floating(const Tensor& t, const char* name) {

@@ -19,7 +19,8 @@ using torch::autograd::variable_list;
 using SampleResult = std::tuple<Tensor, Tensor>;
 
 Tensor seed_cpu(const Tensor&, std::optional<at::Generator> generator) {
-  auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+  auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(
+      generator, at::detail::getDefaultCPUGenerator());
   const std::lock_guard<std::mutex> lock(g->mutex_);
   const Tensor seed = at::empty({1}, at::kLong);
   // What torch.randint(2**63 - 1, (1,)) gives, so that every route draws the same.
@@ -28,21 +29,25 @@ Tensor seed_cpu(const Tensor&, std::optional<at::Generator> generator) {
   return seed;
 }
 
-void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples) {
+void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                    int64_t num_samples) {
   check_cpu(mu, "mu");
   check_cpu(logvar, "logvar");
   check_cpu(seed, "seed");
   check_floating(mu, "mu");
   check_same_shape(mu, "mu", logvar, "logvar");
-  TORCH_CHECK_TYPE(mu.scalar_type() == logvar.scalar_type(), "mu and logvar must have the same dtype, got ",
-                   mu.scalar_type(), " and ", logvar.scalar_type());
+  TORCH_CHECK_TYPE(mu.scalar_type() == logvar.scalar_type(),
+                   "mu and logvar must have the same dtype, got ", mu.scalar_type(), " and ",
+                   logvar.scalar_type());
   TORCH_CHECK_VALUE(mu.dim() >= 1, "mu must have a batch dimension, got ", mu.sizes());
   TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, "seed must be int64, got ", seed.scalar_type());
   TORCH_CHECK_VALUE(seed.numel() == 1, "seed must hold one element, got ", seed.sizes());
   TORCH_CHECK_VALUE(num_samples >= 1, "num_samples must be at least 1, got ", num_samples);
 }
 
-uint64_t seed_value(const Tensor& seed) { return static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()); }
+uint64_t seed_value(const Tensor& seed) {
+  return static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+}
 
 std::vector<int64_t> sample_sizes(const Tensor& mu, std::optional<int64_t> num_samples) {
   std::vector<int64_t> sizes = mu.sizes().vec();
@@ -88,14 +93,17 @@ SampleResult rsample_kl_cpu(const Tensor& mu, const Tensor& logvar, const Tensor
 }
 
 // ε alone: the sample of N(0, 1).
-Tensor noise_cpu(const Tensor& seed, at::IntArrayRef size, int64_t num_samples, int64_t sample_offset) {
+Tensor noise_cpu(const Tensor& seed, at::IntArrayRef size, int64_t num_samples,
+                 int64_t sample_offset) {
   const Tensor zero = at::zeros({1}, at::kFloat).expand({product(size)}).view(size);
   return rsample_cpu(zero, zero, seed, num_samples, sample_offset);
 }
 
 std::tuple<Tensor, Tensor> rsample_backward_cpu(const OptTensor& grad_z, const OptTensor& grad_kl,
-                                                const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                                                std::optional<int64_t> num_samples, int64_t sample_offset) {
+                                                const Tensor& mu, const Tensor& logvar,
+                                                const Tensor& seed,
+                                                std::optional<int64_t> num_samples,
+                                                int64_t sample_offset) {
   check_sampling(mu, logvar, seed, num_samples.value_or(1));
   SampleBackwardArgs a{};
   a.batch = mu.size(0);
@@ -118,11 +126,12 @@ std::tuple<Tensor, Tensor> rsample_backward_cpu(const OptTensor& grad_z, const O
   if (grad_kl) {
     check_cpu(*grad_kl, "grad_kl");
     check_floating(*grad_kl, "grad_kl");
-    TORCH_CHECK_VALUE(grad_kl->dim() == 1 && grad_kl->size(0) == mu.size(0), "grad_kl must have shape [",
-                      mu.size(0), "], got ", grad_kl->sizes());
+    TORCH_CHECK_VALUE(grad_kl->dim() == 1 && grad_kl->size(0) == mu.size(0),
+                      "grad_kl must have shape [", mu.size(0), "], got ", grad_kl->sizes());
     a.grad_kl = (grad_kl_rows = as_rows(*grad_kl, 1)).operand;
   }
-  Tensor grad_mu = at::empty(mu.sizes(), mu.options()), grad_logvar = at::empty(mu.sizes(), mu.options());
+  Tensor grad_mu = at::empty(mu.sizes(), mu.options()),
+         grad_logvar = at::empty(mu.sizes(), mu.options());
   a.grad_mu = {grad_mu.mutable_data_ptr(), dtype_of(grad_mu)};
   a.grad_logvar = {grad_logvar.mutable_data_ptr(), dtype_of(grad_logvar)};
   kernels().sample_backward(a);
@@ -148,24 +157,28 @@ Tensor kl_divergence_cpu(const Tensor& mu, const Tensor& logvar, const OptTensor
   return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, {}, 1.0, {}).value;
 }
 
-std::vector<Tensor> kl_divergence_backward_cpu(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
-                                               const OptTensor& prior_mu, const OptTensor& prior_logvar,
+std::vector<Tensor> kl_divergence_backward_cpu(const Tensor& grad, const Tensor& mu,
+                                               const Tensor& logvar, const OptTensor& prior_mu,
+                                               const OptTensor& prior_logvar,
                                                std::array<bool, max_inputs> needs) {
   const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
   const Needs list(needs.begin(), needs.begin() + inputs.size());
   return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, grad, 1.0, list).grads;
 }
 
-// --- calls through the dispatcher, for tracing and for other devices --------------------------------
+// --- calls through the dispatcher, for tracing and for other devices
+// --------------------------------
 
 template <class Fn>
 auto typed_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Fn>();
 }
 
-// --- composites ------------------------------------------------------------------------------------
+// --- composites
+// ------------------------------------------------------------------------------------
 
-Tensor noise_like(const Tensor& mu, const Tensor& seed, std::optional<int64_t> num_samples, int64_t offset) {
+Tensor noise_like(const Tensor& mu, const Tensor& seed, std::optional<int64_t> num_samples,
+                  int64_t offset) {
   static const auto op = typed_op<decltype(noise_cpu)>("fastvae::noise");
   const Tensor eps = op.call(seed, mu.sizes(), num_samples.value_or(1), offset);
   return num_samples ? eps : eps.squeeze(0);
@@ -190,7 +203,8 @@ SampleResult rsample_kl_composite(const Tensor& mu, const Tensor& logvar, const 
           kl_divergence_composite(mu, logvar, {}, {})};
 }
 
-// --- autograd --------------------------------------------------------------------------------------
+// --- autograd
+// --------------------------------------------------------------------------------------
 
 OptTensor defined(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
 
@@ -239,8 +253,9 @@ void save_sample(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, c
 }
 
 struct Rsample : torch::autograd::Function<Rsample> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                        std::optional<int64_t> num_samples, int64_t sample_offset) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar,
+                        const Tensor& seed, std::optional<int64_t> num_samples,
+                        int64_t sample_offset) {
     at::AutoDispatchBelowADInplaceOrView guard;
     save_sample(ctx, mu, logvar, seed, num_samples, sample_offset);
     static const auto op = typed_op<decltype(rsample_cpu)>("fastvae::rsample");
@@ -252,8 +267,9 @@ struct Rsample : torch::autograd::Function<Rsample> {
 };
 
 struct RsampleKL : torch::autograd::Function<RsampleKL> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                               std::optional<int64_t> num_samples, int64_t sample_offset) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar,
+                               const Tensor& seed, std::optional<int64_t> num_samples,
+                               int64_t sample_offset) {
     at::AutoDispatchBelowADInplaceOrView guard;
     save_sample(ctx, mu, logvar, seed, num_samples, sample_offset);
     static const auto op = typed_op<decltype(rsample_kl_cpu)>("fastvae::rsample_kl");
@@ -285,12 +301,14 @@ struct KLDivergence : torch::autograd::Function<KLDivergence> {
       grads = rowwise_composite_grads(kl_spec(count), inputs, {}, upstream[0], needs);
     } else {
       at::AutoDispatchBelowAutograd guard;
-      static const auto op = typed_op<decltype(kl_divergence_backward_cpu)>("fastvae::kl_divergence_backward");
+      static const auto op =
+          typed_op<decltype(kl_divergence_backward_cpu)>("fastvae::kl_divergence_backward");
       std::array<bool, max_inputs> flags{};
       std::copy(needs.begin(), needs.end(), flags.begin());
       const bool prior = count == 4;
-      grads = op.call(upstream[0], inputs[0], inputs[1], prior ? OptTensor(inputs[2]) : std::nullopt,
-                      prior ? OptTensor(inputs[3]) : std::nullopt, flags);
+      grads =
+          op.call(upstream[0], inputs[0], inputs[1], prior ? OptTensor(inputs[2]) : std::nullopt,
+                  prior ? OptTensor(inputs[3]) : std::nullopt, flags);
     }
     for (size_t j = 0, k = 0; j < count; ++j)
       if (needs[j]) out[j] = grads[k++];
@@ -300,7 +318,8 @@ struct KLDivergence : torch::autograd::Function<KLDivergence> {
 
 Tensor rsample_autograd(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
                         std::optional<int64_t> num_samples, int64_t sample_offset) {
-  if (needs_composite({mu, logvar})) return rsample_composite(mu, logvar, seed, num_samples, sample_offset);
+  if (needs_composite({mu, logvar}))
+    return rsample_composite(mu, logvar, seed, num_samples, sample_offset);
   return Rsample::apply(mu, logvar, seed, num_samples, sample_offset);
 }
 

@@ -11,11 +11,13 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// --- the fused op below autograd: value and gradients in one pass ----------------------------------
+// --- the fused op below autograd: value and gradients in one pass
+// ----------------------------------
 
 std::tuple<Tensor, std::vector<Tensor>> log_likelihood_forward_cpu(
     const Tensor& x, at::TensorList params, c10::string_view family, at::ArrayRef<double> options,
-    const OptTensor& mask, const OptTensor& weight, double scale, std::array<bool, max_inputs> needs) {
+    const OptTensor& mask, const OptTensor& weight, double scale,
+    std::array<bool, max_inputs> needs) {
   std::vector<Tensor> inputs{x};
   inputs.insert(inputs.end(), params.begin(), params.end());
   TORCH_CHECK_VALUE(inputs.size() > 1 && inputs.size() <= max_inputs, "params must hold 1 to ",
@@ -27,7 +29,8 @@ std::tuple<Tensor, std::vector<Tensor>> log_likelihood_forward_cpu(
 
 std::tuple<Tensor, std::vector<Tensor>> log_likelihood_forward(
     const Tensor& x, at::TensorList params, c10::string_view family, at::ArrayRef<double> options,
-    const OptTensor& mask, const OptTensor& weight, double scale, std::array<bool, max_inputs> needs) {
+    const OptTensor& mask, const OptTensor& weight, double scale,
+    std::array<bool, max_inputs> needs) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastvae::log_likelihood_forward", "")
                              .typed<decltype(log_likelihood_forward_cpu)>();
@@ -50,9 +53,8 @@ double row_scale(Reduction reduction, int64_t batch) {
 
 template <class Fn>
 void with_values(const Tensor& t, Fn&& fn) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.scalar_type(), "fastvae_elbo", [&] {
-    fn(t.const_data_ptr<scalar_t>());
-  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.scalar_type(), "fastvae_elbo",
+                                  [&] { fn(t.const_data_ptr<scalar_t>()); });
 }
 
 // (loss, log-likelihood, kl), each Σ_b c w_b (…)_b, or per sample for "none"; K is averaged over.
@@ -66,13 +68,15 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce_cpu(const Tensor& log_likelihood,
   check_floating(kl, "kl");
   TORCH_CHECK_VALUE(kl.dim() == 1 && log_likelihood.dim() >= 1 && log_likelihood.dim() <= 2 &&
                         log_likelihood.sizes().back() == kl.size(0),
-                    "kl must have one value per sample, got kl ", kl.sizes(), " and log_likelihood ",
-                    log_likelihood.sizes());
-  const int64_t batch = kl.size(0), samples = log_likelihood.dim() == 2 ? log_likelihood.size(0) : 1;
+                    "kl must have one value per sample, got kl ", kl.sizes(),
+                    " and log_likelihood ", log_likelihood.sizes());
+  const int64_t batch = kl.size(0),
+                samples = log_likelihood.dim() == 2 ? log_likelihood.size(0) : 1;
   std::vector<double> ll_row(batch, 0.0), kl_row(batch), w(batch, row_scale(reduction, batch));
   with_values(log_likelihood.contiguous(), [&](const auto* p) {
     for (int64_t k = 0; k < samples; ++k)
-      for (int64_t b = 0; b < batch; ++b) ll_row[b] += static_cast<double>(p[k * batch + b]) / samples;
+      for (int64_t b = 0; b < batch; ++b)
+        ll_row[b] += static_cast<double>(p[k * batch + b]) / samples;
   });
   with_values(kl.contiguous(), [&](const auto* p) {
     for (int64_t b = 0; b < batch; ++b) kl_row[b] = static_cast<double>(p[b]);
@@ -85,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce_cpu(const Tensor& log_likelihood,
       for (int64_t b = 0; b < batch; ++b) w[b] *= static_cast<double>(p[b]);
     });
   }
-  const auto type = at::promote_types(compute_type(log_likelihood.scalar_type()), compute_type(kl.scalar_type()));
+  const auto type =
+      at::promote_types(compute_type(log_likelihood.scalar_type()), compute_type(kl.scalar_type()));
   const auto options = log_likelihood.options().dtype(type);
   const bool none = reduction == Reduction::none;
   std::tuple<Tensor, Tensor, Tensor> out;
@@ -130,15 +135,17 @@ struct Call : torch::CustomClassHolder {
   Spec spec;
   std::string family;
   OptTensor mask, weight;
-  Needs needs;             // of [x, parameters...]
-  double scale = 1.0;      // d(loss) / d(ln p of one row), the weights apart
-  double kl_scale = 0.0;   // d(loss) / d(kl of one row), likewise
+  Needs needs;            // of [x, parameters...]
+  double scale = 1.0;     // d(loss) / d(ln p of one row), the weights apart
+  double kl_scale = 0.0;  // d(loss) / d(kl of one row), likewise
   // float16 gradients are not saved but computed in backward, with the upstream factor in float32:
   // 1/B of them would drop into the subnormals before a GradScaler's factor arrives.
   bool recompute = false;
   at::ScalarType kl_type = at::kFloat;
 
-  Tensor weighted(const Tensor& g, double s) const { return weight ? g * (weight->to(g.scalar_type()) * s) : g * s; }
+  Tensor weighted(const Tensor& g, double s) const {
+    return weight ? g * (weight->to(g.scalar_type()) * s) : g * s;
+  }
 };
 
 c10::intrusive_ptr<Call> make_call(at::TensorList inputs, c10::string_view family,
@@ -158,16 +165,16 @@ std::tuple<Tensor, std::vector<Tensor>> run_forward(const Call& call, at::Tensor
                                                     const Needs& wanted) {
   std::array<bool, max_inputs> needs{};
   std::copy(wanted.begin(), wanted.end(), needs.begin());
-  return log_likelihood_forward(inputs[0], inputs.slice(1), call.family, call.spec.options, call.mask,
-                                weight, scale, needs);
+  return log_likelihood_forward(inputs[0], inputs.slice(1), call.family, call.spec.options,
+                                call.mask, weight, scale, needs);
 }
 
 // Runs the fused op and saves its gradients beside the inputs (which a double backward needs).
 Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs,
                         const c10::intrusive_ptr<Call>& call) {
   call->recompute = inputs[1].scalar_type() == at::kHalf;
-  auto [value, grads] =
-      run_forward(*call, inputs, call->weight, call->scale, call->recompute ? Needs{} : call->needs);
+  auto [value, grads] = run_forward(*call, inputs, call->weight, call->scale,
+                                    call->recompute ? Needs{} : call->needs);
   variable_list saved(inputs.begin(), inputs.end());
   saved.insert(saved.end(), grads.begin(), grads.end());
   ctx->save_for_backward(std::move(saved));
@@ -176,7 +183,8 @@ Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs,
 }
 
 // Gradients of the inputs, given the upstream gradient of the loss (a scalar or [rows...]).
-variable_list likelihood_grads(const Call& call, const variable_list& saved, const Tensor& upstream) {
+variable_list likelihood_grads(const Call& call, const variable_list& saved,
+                               const Tensor& upstream) {
   const size_t count = call.needs.size();
   const at::TensorList inputs = at::TensorList(saved).slice(0, count);
   variable_list out(count);
@@ -281,9 +289,9 @@ Tensor log_likelihood_cpu(const Tensor& x, at::TensorList params, c10::string_vi
 
 using Terms = std::tuple<Tensor, Tensor, Tensor>;
 
-Terms elbo_composite(const Tensor& x, at::TensorList params, const Tensor& kl, c10::string_view family,
-                     at::ArrayRef<double> options, const OptTensor& mask, const OptTensor& weight,
-                     double beta, c10::string_view reduction_name) {
+Terms elbo_composite(const Tensor& x, at::TensorList params, const Tensor& kl,
+                     c10::string_view family, at::ArrayRef<double> options, const OptTensor& mask,
+                     const OptTensor& weight, double beta, c10::string_view reduction_name) {
   const Reduction reduction = parse_reduction(reduction_name);
   Tensor ll = log_likelihood_composite(x, params, family, options, mask);
   if (ll.dim() == 2) ll = ll.mean(0);
@@ -292,12 +300,13 @@ Terms elbo_composite(const Tensor& x, at::TensorList params, const Tensor& kl, c
     const Tensor w = weight ? t * *weight : t;
     return reduction == Reduction::none ? w : w.sum() * c;
   };
-  return {reduce(kl * beta - ll), reduce(ll).detach(), reduce(kl.to(compute_type(kl.scalar_type()))).detach()};
+  return {reduce(kl * beta - ll), reduce(ll).detach(),
+          reduce(kl.to(compute_type(kl.scalar_type()))).detach()};
 }
 
-Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl, c10::string_view family,
-                    at::ArrayRef<double> options, const OptTensor& mask, const OptTensor& weight,
-                    double beta, c10::string_view reduction) {
+Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
+                    c10::string_view family, at::ArrayRef<double> options, const OptTensor& mask,
+                    const OptTensor& weight, double beta, c10::string_view reduction) {
   auto inputs = with_x(x, params);
   inputs.push_back(kl);
   if (needs_composite(inputs))
@@ -315,9 +324,10 @@ Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl, c1
 }
 
 Terms elbo_cpu(const Tensor& x, at::TensorList params, const Tensor& kl, c10::string_view family,
-               at::ArrayRef<double> options, const OptTensor& mask, const OptTensor& weight, double beta,
-               c10::string_view reduction) {
-  return elbo_reduce(log_likelihood_cpu(x, params, family, options, mask), kl, weight, beta, reduction);
+               at::ArrayRef<double> options, const OptTensor& mask, const OptTensor& weight,
+               double beta, c10::string_view reduction) {
+  return elbo_reduce(log_likelihood_cpu(x, params, family, options, mask), kl, weight, beta,
+                     reduction);
 }
 
 }  // namespace

@@ -9,24 +9,38 @@
 TORCH_LIBRARY(fastvae, m) {
   // Dimension 0 is the batch. `needs` says which gradients to make: [x, parameters...] or
   // [mu, logvar, prior mu, prior logvar].
-  m.def("seed(Tensor like, Generator? generator=None) -> Tensor", {at::Tag::nondeterministic_seeded});
+  m.def("seed(Tensor like, Generator? generator=None) -> Tensor",
+        {at::Tag::nondeterministic_seeded});
   m.def("noise(Tensor seed, SymInt[] size, SymInt num_samples, SymInt sample_offset) -> Tensor");
-  m.def("rsample(Tensor mu, Tensor logvar, Tensor seed, SymInt? num_samples=None, "
-        "SymInt sample_offset=0) -> Tensor");
-  m.def("rsample_kl(Tensor mu, Tensor logvar, Tensor seed, SymInt? num_samples=None, "
-        "SymInt sample_offset=0) -> (Tensor z, Tensor kl)");
-  m.def("rsample_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor seed, "
-        "SymInt? num_samples, SymInt sample_offset) -> (Tensor grad_mu, Tensor grad_logvar)");
-  m.def("kl_divergence(Tensor mu, Tensor logvar, Tensor? prior_mu=None, Tensor? prior_logvar=None) -> Tensor");
-  m.def("kl_divergence_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, "
-        "Tensor? prior_logvar, bool[4] needs) -> Tensor[]");
-  m.def("log_likelihood(Tensor x, Tensor[] params, str family, float[] options, Tensor? mask=None) -> Tensor");
-  m.def("log_likelihood_forward(Tensor x, Tensor[] params, str family, float[] options, Tensor? mask, "
-        "Tensor? weight, float scale, bool[4] needs) -> (Tensor value, Tensor[] grads)");
-  m.def("elbo(Tensor x, Tensor[] params, Tensor kl, str family, float[] options, Tensor? mask, "
-        "Tensor? weight, float beta, str reduction) -> (Tensor loss, Tensor log_likelihood, Tensor kl_out)");
-  m.def("elbo_reduce(Tensor log_likelihood, Tensor kl, Tensor? weight, float beta, str reduction) "
-        "-> (Tensor loss, Tensor log_likelihood_out, Tensor kl_out)");
+  m.def(
+      "rsample(Tensor mu, Tensor logvar, Tensor seed, SymInt? num_samples=None, "
+      "SymInt sample_offset=0) -> Tensor");
+  m.def(
+      "rsample_kl(Tensor mu, Tensor logvar, Tensor seed, SymInt? num_samples=None, "
+      "SymInt sample_offset=0) -> (Tensor z, Tensor kl)");
+  m.def(
+      "rsample_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor seed, "
+      "SymInt? num_samples, SymInt sample_offset) -> (Tensor grad_mu, Tensor grad_logvar)");
+  m.def(
+      "kl_divergence(Tensor mu, Tensor logvar, Tensor? prior_mu=None, Tensor? prior_logvar=None) "
+      "-> Tensor");
+  m.def(
+      "kl_divergence_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, "
+      "Tensor? prior_logvar, bool[4] needs) -> Tensor[]");
+  m.def(
+      "log_likelihood(Tensor x, Tensor[] params, str family, float[] options, Tensor? mask=None) "
+      "-> Tensor");
+  m.def(
+      "log_likelihood_forward(Tensor x, Tensor[] params, str family, float[] options, Tensor? "
+      "mask, "
+      "Tensor? weight, float scale, bool[4] needs) -> (Tensor value, Tensor[] grads)");
+  m.def(
+      "elbo(Tensor x, Tensor[] params, Tensor kl, str family, float[] options, Tensor? mask, "
+      "Tensor? weight, float beta, str reduction) -> (Tensor loss, Tensor log_likelihood, Tensor "
+      "kl_out)");
+  m.def(
+      "elbo_reduce(Tensor log_likelihood, Tensor kl, Tensor? weight, float beta, str reduction) "
+      "-> (Tensor loss, Tensor log_likelihood_out, Tensor kl_out)");
 }
 
 namespace py = pybind11;
@@ -50,5 +64,6 @@ PYBIND11_MODULE(_C, m) {
         fastvae::kernels().philox(counter.data(), key.data(), out.data());
         return out;
       },
-      py::arg("counter"), py::arg("key"), "Philox4x32-10 by the vector kernel, for known-answer tests.");
+      py::arg("counter"), py::arg("key"),
+      "Philox4x32-10 by the vector kernel, for known-answer tests.");
 }

@@ -19,11 +19,11 @@ std::vector<std::string> likelihood_names() {
 }
 
 Spec make_spec(c10::string_view family, at::ArrayRef<double> options) {
-#define FASTVAE_MATCH(F)                                                                             \
-  if (family == F::name) {                                                                           \
-    TORCH_CHECK_VALUE(options.size() == F::options, F::name, " takes ", F::options,                  \
-                      " options, got ", options.size());                                             \
-    return {Family::F, options.vec()};                                                               \
+#define FASTVAE_MATCH(F)                                                            \
+  if (family == F::name) {                                                          \
+    TORCH_CHECK_VALUE(options.size() == F::options, F::name, " takes ", F::options, \
+                      " options, got ", options.size());                            \
+    return {Family::F, options.vec()};                                              \
   }
   FASTVAE_LIKELIHOODS(FASTVAE_MATCH)
 #undef FASTVAE_MATCH
@@ -42,10 +42,10 @@ void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask
                       " entries, got ", needs.size());
     const Tensor &x = inputs[0], &full = inputs[1];
     const int64_t event = x.dim() - 1, lead = full.dim() - event;
-    TORCH_CHECK_VALUE(event >= 0 && (lead == 1 || lead == 2) && full.sizes().slice(lead - 1) == x.sizes(),
-                      F::input_names[0], " must have the shape of ", F::input_names[1],
-                      ", with or without a leading sample dimension, got ", x.sizes(), " and ",
-                      full.sizes());
+    TORCH_CHECK_VALUE(
+        event >= 0 && (lead == 1 || lead == 2) && full.sizes().slice(lead - 1) == x.sizes(),
+        F::input_names[0], " must have the shape of ", F::input_names[1],
+        ", with or without a leading sample dimension, got ", x.sizes(), " and ", full.sizes());
     for (int j = 0; j < F::inputs; ++j) {
       check_cpu(inputs[j], F::input_names[j]);
       if (j == 0) continue;
@@ -61,7 +61,8 @@ void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask
     }
     if (mask) {
       check_cpu(*mask, "mask");
-      TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask must be bool, got ", mask->scalar_type());
+      TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask must be bool, got ",
+                       mask->scalar_type());
       check_same_shape(*mask, "mask", x, F::input_names[0]);
     }
     if (weight) {
@@ -81,8 +82,9 @@ void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask
     for (int j = 0; j < F::inputs; ++j) {
       if (!(outside >> j & 1)) continue;
       const Tensor t = inputs[j].to(at::kDouble);
-      TORCH_CHECK_VALUE(false, F::input_names[j], " must lie in [0, 1] for ", F::name, ", got values in [",
-                        t.min().item<double>(), ", ", t.max().item<double>(), "]");
+      TORCH_CHECK_VALUE(false, F::input_names[j], " must lie in [0, 1] for ", F::name,
+                        ", got values in [", t.min().item<double>(), ", ", t.max().item<double>(),
+                        "]");
     }
   });
   __builtin_unreachable();
@@ -175,7 +177,8 @@ auto evaluate(const Spec& spec, at::TensorList inputs, const OptTensor& mask, Fn
     Tensor in[F::inputs], options[max_options];
     for (int j = 0; j < F::inputs; ++j) {
       in[j] = inputs[j].to(compute);
-      if (mask && (j == 0 || inputs[j].sizes() == inputs[1].sizes())) in[j] = apply_mask(in[j], mask);
+      if (mask && (j == 0 || inputs[j].sizes() == inputs[1].sizes()))
+        in[j] = apply_mask(in[j], mask);
     }
     for (size_t k = 0; k < spec.options.size(); ++k) options[k] = num<Tensor>(spec.options[k]);
     Result<Tensor, F::inputs> r = F::template eval<Tensor>(in, options);
@@ -189,7 +192,8 @@ Tensor rowwise_composite(const Spec& spec, at::TensorList inputs, const OptTenso
   return evaluate(spec, inputs, mask, [&](const Tensor& value, at::TensorList) {
     const Tensor v = apply_mask(value, mask);
     std::vector<int64_t> event;
-    for (int64_t d = inputs[1].dim() - inputs[0].dim() + 1; d < inputs[1].dim(); ++d) event.push_back(d);
+    for (int64_t d = inputs[1].dim() - inputs[0].dim() + 1; d < inputs[1].dim(); ++d)
+      event.push_back(d);
     return event.empty() ? v : v.sum(event);
   });
 }

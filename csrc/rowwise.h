@@ -17,9 +17,9 @@ int input_count(Family family);
 std::vector<std::string> likelihood_names();
 
 struct RowwiseResult {
-  Tensor value;                // [rows...]: the sum over the event dimensions
-  std::vector<Tensor> grads;   // one per needed input, scaled; [rows..., event...], or
-                               // [rows..., 1, ...] for an input that is constant along each row
+  Tensor value;               // [rows...]: the sum over the event dimensions
+  std::vector<Tensor> grads;  // one per needed input, scaled; [rows..., event...], or
+                              // [rows..., 1, ...] for an input that is constant along each row
 };
 
 // inputs[0] is [B, *event]; inputs[1] has the full shape, [B, *event] or [K, B, *event]; later ones

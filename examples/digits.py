@@ -178,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     digits = digits[torch.randperm(len(digits))]
     held_out, train = digits[:HELD_OUT], digits[HELD_OUT:]
 
+    likelihood: fastvae.likelihoods.Likelihood
+    to_pixels: nn.Module
     if args.likelihood == "gaussian":
         likelihood, to_pixels = fastvae.likelihoods.Gaussian(logvar="learned"), nn.Identity()
     else:
@@ -186,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = VAE(args.latents)
     # The learned noise level of the pixels is one number: it can move faster than the weights.
     groups = [
-        {"params": model.parameters()},
+        {"params": list(model.parameters())},
         {"params": list(likelihood.parameters()), "lr": 2e-2},
     ]
     optimizer = torch.optim.Adam(groups, lr=1e-3)
@@ -223,4 +225,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # layers this small gain nothing from a second
     main()

@@ -141,4 +141,5 @@ def _elbo(
     beta: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _elbo_reduce(_rows(params[0]), kl, weight, beta, reduction)
+    loss, ll, kl_out = _elbo_reduce(_rows(params[0]), kl, weight, beta, reduction)
+    return loss, ll, kl_out

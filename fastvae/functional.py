@@ -244,7 +244,7 @@ def elbo_terms(
     return ops.elbo(x, params, kl, family, mask, weight, float(beta), reduction)
 
 
-# --- validation: once, here ------------------------------------------------------------------------
+# --- validation: once, here ---------------------------------------------------------------------
 
 
 def _shape(t: Tensor) -> str:
@@ -328,7 +328,8 @@ def _check_recon(x: Tensor, recon: Recon, family: Likelihood) -> tuple[Tensor, .
         raise TypeError(f"recon must be a tensor or a tuple of them, got {type(recon).__name__}")
     if len(given) != len(names):
         raise ValueError(
-            f"recon must hold {len(names)} for {family.family} ({', '.join(names)}), got {len(given)}"
+            f"recon must hold {', '.join(names)} for {family.family}: {len(names)} expected, "
+            f"got {len(given)}"
         )
     for name, t in zip(names, given, strict=True):
         _check_floating(name, t)

@@ -1,4 +1,4 @@
-"""The extension: build facts, the contract between languages, set-up without torch or a compiler."""
+"""The extension: build facts, the contract between languages, set-up with something missing."""
 
 import os
 import re
@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fastvae._C as _C
 import pytest
 import torch
 
 import fastvae
-import fastvae._C as _C
 from fastvae.likelihoods import registry
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,8 @@ def test_formulas_compile_for_cuda(tmp_path: Path) -> None:
         "  auto r = F::template eval<T>(x, opt);\n"
         "  out[0] = r.value;\n"
         "  for (int j = 0; j < F::inputs; ++j) out[1 + j] = r.grad[j];\n}\n"
-        "#define INSTANTIATE(F) template __global__ void kernel<fastvae::F, float>(const float*, float*);"
+        "#define INSTANTIATE(F)"
+        " template __global__ void kernel<fastvae::F, float>(const float*, float*);"
         " template __global__ void kernel<fastvae::F, double>(const double*, double*);\n"
         "FASTVAE_FORMULAS(INSTANTIATE)\n"
         "__global__ void latent(float m, float lv, float e, float* out) {\n"
@@ -162,6 +163,8 @@ def test_instruction_sets_share_no_weak_symbols() -> None:
         listing = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True).stdout
         weak = [line[17:] for line in listing.splitlines() if re.search(r" [WVu] ", line[16:20])]
         leaked = [
-            s for s in weak if isa not in s and "DW.ref" not in s and "lazy_init_num_threads" not in s
+            s
+            for s in weak
+            if isa not in s and "DW.ref" not in s and "lazy_init_num_threads" not in s
         ]
         assert not leaked, leaked

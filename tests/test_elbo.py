@@ -369,8 +369,11 @@ def test_learned_logvar_finds_the_variance(backend: str) -> None:
 
 @pytest.mark.parametrize(
     "likelihood",
-    ["bernoulli", "bernoulli_probs", "gaussian", "gaussian_logvar"]
-    + [Gaussian(scale=0.3, normalized=False), Gaussian(logvar=torch.zeros(9))],
+    [
+        *["bernoulli", "bernoulli_probs", "gaussian", "gaussian_logvar"],
+        Gaussian(scale=0.3, normalized=False),
+        Gaussian(logvar=torch.zeros(9)),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])

@@ -244,7 +244,7 @@ def test_nan_logit_makes_its_row_nan(backend: str) -> None:
     assert value.isnan().tolist() == [False, True, False]
 
 
-# ------------------------------------------------------------------------------------------ autograd
+# --------------------------------------------------------------------------------------- autograd
 
 
 @families

@@ -50,7 +50,7 @@ def assert_is_the_reference(ours: Tensor, seed: int, index: Tensor) -> None:
     assert_within(ours, reference.noise_at(seed, index), bound, what="noise")
 
 
-# ------------------------------------------------------------------------------------ known answers
+# --------------------------------------------------------------------------------- known answers
 
 
 @known_answers
@@ -79,7 +79,7 @@ def test_philox_kernel_against_the_reference_on_random_counters(native: None) ->
         assert list(_C.philox(row[:4], row[4:])) == reference.philox(row[:4], row[4:])
 
 
-# ---------------------------------------------------------------------------- against the reference
+# ------------------------------------------------------------------------- against the reference
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_seed_comes_from_the_generator(native: None) -> None:
         assert len({seed >> shift & ONES for seed in many}) == 200
 
 
-# --------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------ statistics
 
 
 def moment_error(power: int, count: int) -> float:
@@ -234,7 +234,7 @@ def test_angles_and_radii(native: None, seed: int) -> None:
     assert_uncorrelated(radius, (4 * angle).cos(), "radius and 4 x angle")
 
 
-# ---------------------------------------------------------------------------------------------- tail
+# ------------------------------------------------------------------------------------------- tail
 
 
 def test_the_reach_of_the_map() -> None:

@@ -1,6 +1,7 @@
 """A model where everything is known in closed form.
 
-p(z) = N(0, I), p(x | z) = N(W z + b, s^2 I). With orthogonal columns of W the posterior is diagonal:
+p(z) = N(0, I), p(x | z) = N(W z + b, s^2 I). With orthogonal columns of W it has a diagonal
+posterior:
     p(z | x) = N(m, diag v), v_j = 1 / (1 + |w_j|^2 / s^2), m_j = v_j w_j . (x - b) / s^2
     p(x) = N(b, W W^T + s^2 I)
 so ELBO(q) + KL(q || p(z | x)) = ln p(x) holds for every diagonal q, to rounding.

@@ -10,7 +10,9 @@
 namespace fastvae {
 inline namespace CPU_CAPABILITY {
 
-void sample_kernel(const SampleArgs& a) { a.use_double ? sample_as<double>(a) : sample_as<float>(a); }
+void sample_kernel(const SampleArgs& a) {
+  a.use_double ? sample_as<double>(a) : sample_as<float>(a);
+}
 
 void sample_backward_kernel(const SampleBackwardArgs& a) {
   a.use_double ? sample_backward_as<double>(a) : sample_backward_as<float>(a);
@@ -37,6 +39,7 @@ void philox_kernel(const uint32_t counter[4], const uint32_t key[2], uint32_t ou
 #define FASTVAE_TABLE(isa) FASTVAE_TABLE2(isa)
 extern const Kernels FASTVAE_TABLE(CPU_CAPABILITY);
 const Kernels FASTVAE_TABLE(CPU_CAPABILITY) = {FASTVAE_STRING(CPU_CAPABILITY), rowwise_kernel,
-                                               sample_kernel, sample_backward_kernel, philox_kernel};
+                                               sample_kernel, sample_backward_kernel,
+                                               philox_kernel};
 
 }  // namespace fastvae

@@ -1,5 +1,5 @@
-// The CPU kernels' interface: raw pointers and sizes, no torch types, so that each instruction set's
-// object looks the same to the operators.
+// The CPU kernels' interface: raw pointers and sizes, no torch types, so that each instruction
+// set's object looks the same to the operators.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@ namespace fastvae {
 
 enum class DType : uint8_t { f64, f32, bf16, f16, u8 };
 
-// An input seen as a matrix [rows, cols]. Row r is stored row r mod `period`; a stride of 0 repeats a
-// row, `per_row` repeats one element along it.
+// An input seen as a matrix [rows, cols]. Row r is stored row r mod `period`; a stride of 0 repeats
+// a row, `per_row` repeats one element along it.
 struct Operand {
   const void* data = nullptr;
   DType dtype = DType::f32;
@@ -29,42 +29,44 @@ struct Output {
 // Long rows are cut at multiples of `row_chunk` columns, so that two cores share even one row; the
 // cut does not depend on the number of threads, and so neither do the sums.
 constexpr int64_t row_chunk = 16384;
-inline int64_t chunks(int64_t cols) { return cols <= row_chunk ? 1 : (cols + row_chunk - 1) / row_chunk; }
+inline int64_t chunks(int64_t cols) {
+  return cols <= row_chunk ? 1 : (cols + row_chunk - 1) / row_chunk;
+}
 
 struct RowwiseArgs {
   Family family;
   int64_t rows, cols;
-  bool use_double;                // compute in float64, else in float32
-  Operand in[max_inputs];         // in the formula's order
-  Operand mask;                   // u8, 0 leaves the element out; data null: no mask
+  bool use_double;         // compute in float64, else in float32
+  Operand in[max_inputs];  // in the formula's order
+  Operand mask;            // u8, 0 leaves the element out; data null: no mask
   double options[max_options];
-  double scale;                   // multiplies every gradient …
-  Operand weight;                 // … and so does the row's weight (per_row); data null: 1
-  bool want_grad;                 // any gradient at all
-  Output grad[max_inputs];        // the dense gradients, [rows, cols]
-  bool sum_grad[max_inputs];      // the gradient is summed along the row, into `sums`
+  double scale;               // multiplies every gradient …
+  Operand weight;             // … and so does the row's weight (per_row); data null: 1
+  bool want_grad;             // any gradient at all
+  Output grad[max_inputs];    // the dense gradients, [rows, cols]
+  bool sum_grad[max_inputs];  // the gradient is summed along the row, into `sums`
   // [rows * chunks(cols)][1 + max_inputs]: the value, then the summed gradients.
   double* sums;
-  unsigned* outside;              // bit j is set where input j leaves its domain
+  unsigned* outside;  // bit j is set where input j leaves its domain
 };
 
 struct SampleArgs {
   int64_t batch, cols, num_samples, sample_offset;
   bool use_double;
   uint64_t seed;
-  Operand mu, logvar;             // [batch, cols]
-  Output z;                       // [num_samples, batch, cols]
-  double* kl;                     // [batch * chunks(cols)] partial sums; null: not wanted
+  Operand mu, logvar;  // [batch, cols]
+  Output z;            // [num_samples, batch, cols]
+  double* kl;          // [batch * chunks(cols)] partial sums; null: not wanted
 };
 
 struct SampleBackwardArgs {
   int64_t batch, cols, num_samples, sample_offset;
   bool use_double;
   uint64_t seed;
-  Operand mu, logvar;             // [batch, cols]
-  Operand grad_z;                 // [num_samples, batch, cols]; data null: zero
-  Operand grad_kl;                // per_row [batch]; data null: zero
-  Output grad_mu, grad_logvar;    // [batch, cols]
+  Operand mu, logvar;           // [batch, cols]
+  Operand grad_z;               // [num_samples, batch, cols]; data null: zero
+  Operand grad_kl;              // per_row [batch]; data null: zero
+  Output grad_mu, grad_logvar;  // [batch, cols]
 };
 
 struct Kernels {

@@ -61,7 +61,8 @@ FASTVAE_INLINE Philox philox4x32_10(Philox c, uint32_t key0, uint32_t key1) {
 // tail reaches 6.66σ; the angle has all 32.
 FASTVAE_INLINE void box_muller(const I32& a, const I32& b, F32& n0, F32& n1) {
   const I32 a31 = (a >> I32(1)) & I32(0x7fffffff);
-  const F32 u = fmadd(at::vec::convert_to_fp_of_same_size<float>(a31), F32(0x1p-31f), F32(0x1p-32f));
+  const F32 u =
+      fmadd(at::vec::convert_to_fp_of_same_size<float>(a31), F32(0x1p-31f), F32(0x1p-32f));
   const F32 radius = (F32(-2.f) * log_unit(u)).sqrt();
   const SinCos angle = sincospi(at::vec::convert_to_fp_of_same_size<float>(b) * F32(0x1p-31f));
   n0 = radius * angle.cos;
@@ -70,7 +71,8 @@ FASTVAE_INLINE void box_muller(const I32& a, const I32& b, F32& n0, F32& n1) {
 
 // The normals of elements [block · 64, block · 64 + 64).
 inline void normal_block(uint64_t seed, uint64_t block, float* out) {
-  alignas(64) static constexpr int32_t iota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  alignas(64) static constexpr int32_t iota[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                   8, 9, 10, 11, 12, 13, 14, 15};
   const uint64_t first = block * 16;  // a multiple of 16: adding a lane never carries
   const I32 high(static_cast<int32_t>(first >> 32)), zero(0);
   for (int lane = 0; lane < 16; lane += I32::size()) {
@@ -97,8 +99,9 @@ class Normals {
       begin_ = i - i % philox_block;
       const uint64_t wanted = i + n - begin_;
       // Short rows look ahead, so that one refill serves many of them.
-      end_ = begin_ + (wanted < look_ahead ? look_ahead
-                                           : (wanted + philox_block - 1) / philox_block * philox_block);
+      end_ = begin_ + (wanted < look_ahead
+                           ? look_ahead
+                           : (wanted + philox_block - 1) / philox_block * philox_block);
       for (uint64_t e = begin_; e < end_; e += philox_block)
         normal_block(seed_, e / philox_block, buffer_ + (e - begin_));
     }

@@ -1,8 +1,8 @@
 // The only loop over elements of a likelihood: load, formula, mask, reduce along the row, store.
 //
 // A row is taken in tiles that fit the L1 cache. Inputs already in the compute type are read where
-// they lie; others (half precision, uint8, a constant per row) are staged in a tile-sized buffer, so
-// that one instantiation per formula and compute type serves every dtype.
+// they lie; others (half precision, uint8, a constant per row) are staged in a tile-sized buffer,
+// so that one instantiation per formula and compute type serves every dtype.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -27,18 +27,24 @@ inline int64_t grain(int64_t elements_per_unit) {
 template <class Fn>
 inline void with_dtype(DType dtype, Fn&& fn) {
   switch (dtype) {
-    case DType::f64: return fn(double{});
-    case DType::f32: return fn(float{});
-    case DType::bf16: return fn(c10::BFloat16{});
-    case DType::f16: return fn(c10::Half{});
-    case DType::u8: return fn(uint8_t{});
+    case DType::f64:
+      return fn(double{});
+    case DType::f32:
+      return fn(float{});
+    case DType::bf16:
+      return fn(c10::BFloat16{});
+    case DType::f16:
+      return fn(c10::Half{});
+    case DType::u8:
+      return fn(uint8_t{});
   }
 }
 
 template <class T>
 constexpr DType dtype_of = std::is_same_v<T, double> ? DType::f64 : DType::f32;
 
-// Elements [col, col + n) of row `row` in the compute type: in place where possible, else in `buffer`.
+// Elements [col, col + n) of row `row` in the compute type: in place where possible, else in
+// `buffer`.
 template <class T>
 inline const T* load_tile(const Operand& x, int64_t row, int64_t col, int64_t n, T* buffer) {
   const int64_t start = (row % x.period) * x.row_stride + (x.per_row ? 0 : col);
@@ -71,8 +77,8 @@ inline void store_tile(const Output& y, int64_t start, int64_t n, const T* value
   });
 }
 
-// Calls body(i, count) for each vector of a tile and sums what it returns: at most 16 vectors in the
-// compute type, then in double lanes. The order is fixed. The last vector may be partial.
+// Calls body(i, count) for each vector of a tile and sums what it returns: at most 16 vectors in
+// the compute type, then in double lanes. The order is fixed. The last vector may be partial.
 template <class T, class Body>
 FASTVAE_INLINE double sum_vectors(int64_t n, Body&& body) {
   using V = Vec<T>;
@@ -103,33 +109,36 @@ inline double formula_tile(const T* const* in, const T* mask, T* const* grad, in
                            const Vec<T>* options, T scale, unsigned& outside) {
   using V = Vec<T>;
   const V zero(T(0)), one(T(1)), factor(scale);
-  V inside[F::inputs];
-  for (V& v : inside) v = zero == zero;
+  Mask<V> inside[F::inputs];
+  for (auto& m : inside) m = equal(zero, zero);
 
-  const double total = sum_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-    V x[F::inputs], keep;
-    for (int j = 0; j < F::inputs; ++j) x[j] = V::loadu(in[j] + i, count);
-    if constexpr (Masked) {  // zeroed before the formula for the domain's sake, after it for the value's
-      keep = V::loadu(mask + i, count) != zero;
-      for (V& v : x) v = v & keep;
-    }
-    for (int j = 0; j < F::inputs; ++j)
-      if (F::domain[j] == Domain::unit) inside[j] = inside[j] & (x[j] >= zero) & (x[j] <= one);
-    auto r = F::template eval<V>(x, options);
-    if constexpr (Grad) {
-      for (int j = 0; j < F::inputs; ++j) {
-        if (!grad[j]) continue;
-        V g = factor * r.grad[j];
-        if constexpr (Masked) g = g & keep;
-        g.store(grad[j] + i, count);
-      }
-    }
-    if constexpr (Masked) r.value = r.value & keep;
-    return r.value;
-  });
+  const double total =
+      sum_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        V x[F::inputs];
+        Mask<V> drop;
+        for (int j = 0; j < F::inputs; ++j) x[j] = V::loadu(in[j] + i, count);
+        if constexpr (Masked) {  // zeroed before the formula for the domain's sake, after it for
+                                 // the value's
+          drop = equal(V::loadu(mask + i, count), zero);
+          for (V& v : x) v = select(drop, zero, v);
+        }
+        for (int j = 0; j < F::inputs; ++j)
+          if (F::domain[j] == Domain::unit) inside[j] = inside[j] & between(zero, x[j], one);
+        auto r = F::template eval<V>(x, options);
+        if constexpr (Grad) {
+          for (int j = 0; j < F::inputs; ++j) {
+            if (!grad[j]) continue;
+            V g = factor * r.grad[j];
+            if constexpr (Masked) g = select(drop, zero, g);
+            g.store(grad[j] + i, count);
+          }
+        }
+        if constexpr (Masked) r.value = select(drop, zero, r.value);
+        return r.value;
+      });
 
   for (int j = 0; j < F::inputs; ++j)
-    if (F::domain[j] == Domain::unit && inside[j].zero_mask() != 0) outside |= 1u << j;
+    if (F::domain[j] == Domain::unit && !all<V>(inside[j])) outside |= 1u << j;
   return total;
 }
 
@@ -161,14 +170,13 @@ inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsi
         if (a.grad[j].data) grad[j] = output_tile(a.grad[j], start, grad_buffer[j]);
       }
       const T* mask = Masked ? load_tile(a.mask, row, col, n, mask_buffer) : nullptr;
-      sums[0] += formula_tile<F, T, Grad, Masked>(in, mask, grad, n, options,
-                                                  static_cast<T>(scale), outside);
+      sums[0] += formula_tile<F, T, Grad, Masked>(in, mask, grad, n, options, static_cast<T>(scale),
+                                                  outside);
       for (int j = 0; j < F::inputs; ++j) {
         if (!grad[j]) continue;
         if (a.sum_grad[j])
-          sums[1 + j] += sum_vectors<T>(n, [&](int64_t i, int64_t count) {
-            return Vec<T>::loadu(grad[j] + i, count);
-          });
+          sums[1 + j] += sum_vectors<T>(
+              n, [&](int64_t i, int64_t count) { return Vec<T>::loadu(grad[j] + i, count); });
         else
           store_tile(a.grad[j], start, n, grad[j]);
       }

@@ -9,7 +9,8 @@ inline namespace CPU_CAPABILITY {
 
 static_assert(tile <= Normals::max_request);
 
-// ε of sample `sample` (of all K·batch, in stream order), columns [col, col + n), in the compute type.
+// ε of sample `sample` (of all K·batch, in stream order), columns [col, col + n), in the compute
+// type.
 template <class T>
 inline const T* load_noise(Normals& normals, uint64_t index, int64_t n, T* buffer) {
   const float* eps = normals.at(index, n);
@@ -64,8 +65,8 @@ inline void sample_as(const SampleArgs& a) {
     if (a.kl) {
       const T* in[] = {mu, logvar};
       unsigned outside = 0;
-      a.kl[unit] +=
-          formula_tile<StandardKL, T, false, false>(in, nullptr, nullptr, n, nullptr, T(1), outside);
+      a.kl[unit] += formula_tile<StandardKL, T, false, false>(in, nullptr, nullptr, n, nullptr,
+                                                              T(1), outside);
     }
   });
 }

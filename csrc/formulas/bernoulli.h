@@ -21,7 +21,8 @@ struct Bernoulli {
 };
 
 // ln p(x | p) = x max(ln p, m) + (1 − x) max(ln(1 − p), m), with m = options[0].
-// The clamp and the floor of 1e-12 under the gradient are those of torch.nn.BCELoss (m = −100 there).
+// The clamp and the floor of 1e-12 under the gradient are those of torch.nn.BCELoss (m = −100
+// there).
 struct BernoulliProbs {
   static constexpr const char* name = "bernoulli_probs";
   static constexpr int inputs = 2;

@@ -1,7 +1,7 @@
-// What every formula shares. A formula is a template on the number type V alone: a SIMD vector in the
-// CPU loop, a float in a CUDA kernel, an at::Tensor in the composite that serves double backward and
-// functorch. The vocabulary it calls (exp, logistic, phi_expm1, ...) is included before it:
-// cpu/vec.h, cuda/math.h or aten_math.h.
+// What every formula shares. A formula is a template on the number type V alone: a SIMD vector in
+// the CPU loop, a float in a CUDA kernel, an at::Tensor in the composite that serves double
+// backward and functorch. The vocabulary it calls (exp, logistic, phi_expm1, ...) is included
+// before it: cpu/vec.h, cuda/math.h or aten_math.h.
 #pragma once
 
 #if defined(__CUDACC__)

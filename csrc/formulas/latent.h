@@ -1,9 +1,11 @@
-// The latent side: reparameterized sampling and the KL divergence between diagonal Gaussians, in nats.
+// The latent side: reparameterized sampling and the KL divergence between diagonal Gaussians, in
+// nats.
 #pragma once
 
 namespace fastvae {
 
-// KL(N(μ, e^lv) ‖ N(0, 1)) = ½ (μ² + φ(lv)), φ(lv) = expm1(lv) − lv  (Kingma & Welling 2014, appendix B).
+// KL(N(μ, e^lv) ‖ N(0, 1)) = ½ (μ² + φ(lv)), φ(lv) = expm1(lv) − lv  (Kingma & Welling 2014,
+// appendix B).
 struct StandardKL {
   static constexpr const char* name = "standard_kl";
   static constexpr int inputs = 2;

@@ -28,7 +28,8 @@ def get(likelihood: str | Likelihood) -> Likelihood:
         return likelihood
     if not isinstance(likelihood, str):
         raise TypeError(
-            f"likelihood must be a name or a fastvae.likelihoods object, got {type(likelihood).__name__}"
+            "likelihood must be a name or a fastvae.likelihoods object, got "
+            f"{type(likelihood).__name__}"
         )
     if likelihood not in registry:
         raise ValueError(f"likelihood must be one of {', '.join(registry)}, got {likelihood!r}")

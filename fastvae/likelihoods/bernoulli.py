@@ -89,7 +89,8 @@ class BernoulliProbs(Likelihood):
     def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
         (p,) = params
         log_p, log_q = _ClampedLogs.apply(p, self.log_min)
-        return x * log_p + (1 - x) * log_q
+        value: Tensor = x * log_p + (1 - x) * log_q
+        return value
 
     @classmethod
     def sample_inputs(

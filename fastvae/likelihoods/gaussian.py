@@ -86,7 +86,9 @@ class Gaussian(Likelihood):
     def extra_repr(self) -> str:
         if self.family == "gaussian":
             return f"scale={self.scale}, normalized={self.normalized}"
-        return "logvar='per_element'" if self.logvar is None else f"logvar={list(self.logvar.shape)}"
+        return (
+            "logvar='per_element'" if self.logvar is None else f"logvar={list(self.logvar.shape)}"
+        )
 
 
 def gaussian_logvar() -> Gaussian:

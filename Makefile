@@ -1,0 +1,41 @@
+# make demo   set up and train a VAE on handwritten digits     make check  lint, format, types
+# make test   set up and pass the tests                        make bench  time it against peers
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test check bench format clean
+demo: $(VENV)/built
+	python examples/digits.py
+
+test: $(VENV)/built
+	python -m pytest
+
+bench: $(VENV)/built
+	python -m pytest benchmarks
+
+check: $(VENV)/installed
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(SOURCES)
+	mypy
+
+format: $(VENV)/installed
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(SOURCES)
+
+$(VENV)/installed: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES) setup.py pyproject.toml
+	pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastvae/*.so
