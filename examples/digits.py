@@ -10,6 +10,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     criterion = fastvae.ELBOLoss(likelihood)
     model = VAE(args.latents)
     # The learned noise level of the pixels is one number: it can move faster than the weights.
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": list(model.parameters())},
         {"params": list(likelihood.parameters()), "lr": 2e-2},
     ]

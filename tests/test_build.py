@@ -48,17 +48,17 @@ def test_cpp_and_python_have_the_same_families() -> None:
             torch.ops.fastvae.log_likelihood(x, params, name, (*likelihood.options, 1.0))
 
 
-@pytest.mark.parametrize("isa", USABLE)
+@pytest.mark.parametrize("isa", USABLE[:-1])  # the last is the one that this run uses
 def test_every_instruction_set_passes_the_numerics(isa: str) -> None:
+    code = "import fastvae._C as c; print(c.build_info()['isa'])"
+    assert python(code, ATEN_CPU_CAPABILITY=isa.lower()) == isa
     env = {**os.environ, "ATEN_CPU_CAPABILITY": isa.lower()}
     files = [f"tests/test_{n}.py" for n in ("likelihood", "latent", "sampling", "vec")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", "not eager", *files],
         env=env, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    code = "import fastvae._C as c; print(c.build_info()['isa'])"
-    assert python(code, ATEN_CPU_CAPABILITY=isa.lower()) == isa
 
 
 @pytest.mark.skipif("AVX512" not in USABLE, reason="needs AVX-512 to compare with AVX2")

@@ -8,6 +8,10 @@ from torch import Tensor
 
 import fastvae
 
+#: ULP; csrc/cpu/vec.h states it. The baseline instruction set has no fused multiply-add and is the
+#: worst of them (2.35 seen); AVX2 and AVX-512 stay below 2.35 for σ and 2.1 for the rest.
+BOUND = 2.5
+
 forward = torch.ops.fastvae.log_likelihood_forward
 
 
@@ -50,10 +54,8 @@ def test_bernoulli_value_and_gradient(x: float) -> None:
     sign = 1.0 if x == 1 else -1.0
     value, grad = bernoulli(LOGITS, x)
     exact = -torch.logaddexp(-sign * l, torch.zeros((), dtype=torch.float64))
-    print(worst(value, exact, LOGITS))
-    assert worst(value, exact, LOGITS)[0] <= 2
-    print(worst(grad, sign * torch.sigmoid(-sign * l), LOGITS))
-    assert worst(grad, sign * torch.sigmoid(-sign * l), LOGITS)[0] <= 2.5
+    assert worst(value, exact, LOGITS)[0] <= BOUND
+    assert worst(grad, sign * torch.sigmoid(-sign * l), LOGITS)[0] <= BOUND
 
 
 def kl(logvar: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,8 +74,8 @@ def phi(d: Tensor) -> Tensor:
 def test_kl_near_and_far_from_the_prior() -> None:
     value, grad = kl(LOGVAR)
     assert (value >= 0).all()
-    assert worst(value, phi(LOGVAR.double()), LOGVAR)[0] <= 2.5
-    assert worst(grad, 0.5 * LOGVAR.double().expm1(), LOGVAR)[0] <= 2.5
+    assert worst(value, phi(LOGVAR.double()), LOGVAR)[0] <= BOUND
+    assert worst(grad, 0.5 * LOGVAR.double().expm1(), LOGVAR)[0] <= BOUND
 
 
 def test_log_and_log1p_through_probabilities() -> None:
@@ -81,7 +83,7 @@ def test_log_and_log1p_through_probabilities() -> None:
     p = p[p >= 0]
     for x, exact in ((1.0, p.double().log()), (0.0, (-p.double()).log1p())):
         value = fastvae.log_likelihood(torch.full_like(p, x), p, "bernoulli_probs")
-        assert worst(value, exact.clamp_min(-100), p)[0] <= 2.5
+        assert worst(value, exact.clamp_min(-100), p)[0] <= BOUND
 
 
 @pytest.mark.parametrize(
