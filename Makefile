@@ -15,7 +15,7 @@ test: $(VENV)/built
 	python -m pytest
 
 bench: $(VENV)/built
-	python -m pytest benchmarks
+	python -m pytest benchmarks --benchmark-json=benchmarks/last.json
 
 check: $(VENV)/installed
 	ruff check .

@@ -80,7 +80,8 @@ def extension() -> dict:
                 )
             super().build_extension(ext)
 
-    sources = ["ops", "common", "rowwise", "likelihood", "latent", "cpu/dispatch"]
+    sources = ["ops", "common", "rowwise", "rsample", "kl_divergence", "log_likelihood", "elbo"]
+    sources += ["cpu/dispatch"]
     module = CppExtension(
         "fastvae._C",
         [f"csrc/{name}.cpp" for name in sources],

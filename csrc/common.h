@@ -33,6 +33,13 @@ inline bool any_requires_grad(at::TensorList tensors) {
   return false;
 }
 
+// An operator through the dispatcher: on CPU tensors a call, under tracing a node, elsewhere
+// another backend's implementation.
+template <class Fn>
+auto typed_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Fn>();
+}
+
 // --- dtypes --------------------------------------------------------------------------------------
 
 inline at::ScalarType compute_type(at::ScalarType t) {

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import (
     DTYPES,
     FAMILIES,
     Family,
-    assert_as_good_as_torch,
     assert_within,
     compute_dtype,
     run,
@@ -226,78 +224,6 @@ def test_empty_batch(
     loss.sum().backward()
     for leaf in (x, *params, *latent):
         assert leaf.grad is not None and leaf.grad.shape == leaf.shape
-
-
-# ---------------------------------------------------------------------------- parity of conventions
-
-
-def check_parity(ours: Any, usual: Any, inputs: list[Tensor]) -> None:
-    """The same loss and the same gradient of every input as the usual code, in float32 and to
-    rounding in float64: a dropped constant or another average would be far outside."""
-    for dtype in (torch.float32, torch.float64):
-        given = [t.to(dtype) for t in inputs]
-        value, grads = run(ours, given)
-        torch_value, torch_grads = run(usual, given)
-        oracle_value, oracle_grads = run(usual, [t.to(dtype).double() for t in inputs])
-        assert_as_good_as_torch(value, torch_value, oracle_value, what="loss")
-        for i, (grad, torchs, oracle) in enumerate(
-            zip(grads, torch_grads, oracle_grads, strict=True)
-        ):
-            assert_as_good_as_torch(grad, torchs, oracle, what=f"gradient {i}")
-
-
-def mnist_like() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x as images, what the decoder gives as rows, mu and logvar."""
-    x = (torch.rand(128, 1, 28, 28) * 255).round() / 255
-    return x, torch.randn(128, 784), torch.randn(128, 20), 0.5 * torch.randn(128, 20)
-
-
-def test_parity_pytorch_example(backend: str) -> None:
-    """pytorch/examples: the decoder ends in a sigmoid, everything is summed."""
-    x, logits, mu, logvar = mnist_like()
-    criterion = ELBOLoss("bernoulli_probs", reduction="sum", backend=backend)
-
-    def usual(recon: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        target = x.to(recon.dtype).view(-1, 784)
-        bce = F.binary_cross_entropy(recon, target, reduction="sum")
-        return bce + -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-
-    def ours(recon: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        loss: Tensor = criterion(recon, x.to(recon.dtype).view(-1, 784), mu, logvar)
-        return loss
-
-    check_parity(ours, usual, [logits.sigmoid(), mu, logvar])
-
-
-def test_parity_logits(backend: str) -> None:
-    """Binary cross-entropy with logits, summed, over the batch size."""
-    x, logits, mu, logvar = mnist_like()
-    criterion = ELBOLoss(backend=backend)
-
-    def usual(logits: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        target = x.to(logits.dtype).view(-1, 784)
-        bce = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
-        kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-        return (bce + kl) / len(x)
-
-    def ours(logits: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        loss: Tensor = criterion(logits, x.to(logits.dtype).view(-1, 784), mu, logvar)
-        return loss
-
-    check_parity(ours, usual, [logits, mu, logvar])
-
-
-def test_parity_half_squared_error(backend: str) -> None:
-    """Half the squared error plus the KL, averaged over the batch."""
-    x, recon, mu, logvar = mnist_like()
-    criterion = ELBOLoss(Gaussian(normalized=False), backend=backend)
-
-    def usual(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        error = 0.5 * ((x - recon) ** 2).sum((1, 2, 3))
-        kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(1)
-        return (error + kl).mean()
-
-    check_parity(criterion, usual, [recon.view_as(x), x, mu, logvar])
 
 
 # -------------------------------------------------------------------- Gaussian with a log-variance

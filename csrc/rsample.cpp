@@ -1,4 +1,5 @@
-// rsample, rsample_kl and kl_divergence: CPU implementations, autograd, routing.
+// rsample and rsample_kl, with the seed and the noise they use: CPU implementations, autograd,
+// routing.
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -7,7 +8,7 @@
 
 #include "aten_math.h"
 #include "formulas/all.h"
-#include "rowwise.h"
+#include "ops.h"
 
 namespace fastvae {
 namespace {
@@ -138,44 +139,8 @@ std::tuple<Tensor, Tensor> rsample_backward_cpu(const OptTensor& grad_z, const O
   return {grad_mu, grad_logvar};
 }
 
-std::vector<Tensor> kl_inputs(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
-                              const OptTensor& prior_logvar) {
-  TORCH_CHECK_VALUE(prior_mu.has_value() == prior_logvar.has_value(),
-                    "prior must be a pair (mu, logvar), got only one of them");
-  std::vector<Tensor> inputs{mu, logvar};
-  if (prior_mu) inputs.insert(inputs.end(), {*prior_mu, *prior_logvar});
-  for (const Tensor& t : inputs) check_same_shape(t, "every input of kl_divergence", mu, "mu");
-  return inputs;
-}
-
-Spec kl_spec(size_t inputs) { return {inputs == 2 ? Family::StandardKL : Family::NormalKL, {}}; }
-
-Tensor kl_divergence_cpu(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
-                         const OptTensor& prior_logvar) {
-  check_floating(mu, "mu");
-  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
-  return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, {}, 1.0, {}).value;
-}
-
-std::vector<Tensor> kl_divergence_backward_cpu(const Tensor& grad, const Tensor& mu,
-                                               const Tensor& logvar, const OptTensor& prior_mu,
-                                               const OptTensor& prior_logvar,
-                                               std::array<bool, max_inputs> needs) {
-  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
-  const Needs list(needs.begin(), needs.begin() + inputs.size());
-  return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, grad, 1.0, list).grads;
-}
-
-// --- calls through the dispatcher, for tracing and for other devices
-// --------------------------------
-
-template <class Fn>
-auto typed_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Fn>();
-}
-
 // --- composites
-// ------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------
 
 Tensor noise_like(const Tensor& mu, const Tensor& seed, std::optional<int64_t> num_samples,
                   int64_t offset) {
@@ -191,12 +156,6 @@ Tensor rsample_composite(const Tensor& mu, const Tensor& logvar, const Tensor& s
   return sample<Tensor>(mu.to(compute), logvar.to(compute), eps).to(mu.scalar_type());
 }
 
-Tensor kl_divergence_composite(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
-                               const OptTensor& prior_logvar) {
-  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
-  return rowwise_composite(kl_spec(inputs.size()), inputs, {});
-}
-
 SampleResult rsample_kl_composite(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
                                   std::optional<int64_t> num_samples, int64_t sample_offset) {
   return {rsample_composite(mu, logvar, seed, num_samples, sample_offset),
@@ -204,7 +163,7 @@ SampleResult rsample_kl_composite(const Tensor& mu, const Tensor& logvar, const 
 }
 
 // --- autograd
-// --------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------
 
 OptTensor defined(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
 
@@ -281,41 +240,6 @@ struct RsampleKL : torch::autograd::Function<RsampleKL> {
   }
 };
 
-struct KLDivergence : torch::autograd::Function<KLDivergence> {
-  static Tensor forward(AutogradContext* ctx, at::TensorList inputs) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward(variable_list(inputs.begin(), inputs.end()));
-    static const auto op = typed_op<decltype(kl_divergence_cpu)>("fastvae::kl_divergence");
-    return inputs.size() == 2 ? op.call(inputs[0], inputs[1], {}, {})
-                              : op.call(inputs[0], inputs[1], inputs[2], inputs[3]);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    const auto inputs = ctx->get_saved_variables();
-    const size_t count = inputs.size();
-    variable_list out(count);
-    if (!upstream[0].defined()) return out;
-    Needs needs(count);
-    for (size_t j = 0; j < count; ++j) needs[j] = ctx->needs_input_grad(j);
-    std::vector<Tensor> grads;
-    if (at::GradMode::is_enabled() && (upstream[0].requires_grad() || any_requires_grad(inputs))) {
-      grads = rowwise_composite_grads(kl_spec(count), inputs, {}, upstream[0], needs);
-    } else {
-      at::AutoDispatchBelowAutograd guard;
-      static const auto op =
-          typed_op<decltype(kl_divergence_backward_cpu)>("fastvae::kl_divergence_backward");
-      std::array<bool, max_inputs> flags{};
-      std::copy(needs.begin(), needs.end(), flags.begin());
-      const bool prior = count == 4;
-      grads =
-          op.call(upstream[0], inputs[0], inputs[1], prior ? OptTensor(inputs[2]) : std::nullopt,
-                  prior ? OptTensor(inputs[3]) : std::nullopt, flags);
-    }
-    for (size_t j = 0, k = 0; j < count; ++j)
-      if (needs[j]) out[j] = grads[k++];
-    return out;
-  }
-};
-
 Tensor rsample_autograd(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
                         std::optional<int64_t> num_samples, int64_t sample_offset) {
   if (needs_composite({mu, logvar}))
@@ -331,13 +255,6 @@ SampleResult rsample_kl_autograd(const Tensor& mu, const Tensor& logvar, const T
   return {out[0], out[1]};
 }
 
-Tensor kl_divergence_autograd(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
-                              const OptTensor& prior_logvar) {
-  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
-  if (needs_composite(inputs)) return kl_divergence_composite(mu, logvar, prior_mu, prior_logvar);
-  return KLDivergence::apply(at::TensorList(inputs));
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
@@ -346,8 +263,6 @@ TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
   m.impl("rsample", rsample_cpu);
   m.impl("rsample_kl", rsample_kl_cpu);
   m.impl("rsample_backward", rsample_backward_cpu);
-  m.impl("kl_divergence", kl_divergence_cpu);
-  m.impl("kl_divergence_backward", kl_divergence_backward_cpu);
 }
 
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
@@ -355,13 +270,11 @@ TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
   m.impl("noise", torch::CppFunction::makeFallthrough());
   m.impl("rsample", rsample_autograd);
   m.impl("rsample_kl", rsample_kl_autograd);
-  m.impl("kl_divergence", kl_divergence_autograd);
 }
 
 TORCH_LIBRARY_IMPL(fastvae, FuncTorchBatchedDecomposition, m) {
   m.impl("rsample", rsample_composite);
   m.impl("rsample_kl", rsample_kl_composite);
-  m.impl("kl_divergence", kl_divergence_composite);
 }
 
 }  // namespace fastvae

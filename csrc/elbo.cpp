@@ -1,0 +1,179 @@
+// elbo: the loss from log-likelihood and KL; CPU implementation, autograd, routing.
+#include "ops.h"
+
+namespace fastvae {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+enum class Reduction { none, mean, sum };
+
+Reduction parse_reduction(c10::string_view name) {
+  if (name == "none") return Reduction::none;
+  if (name == "mean") return Reduction::mean;
+  if (name == "sum") return Reduction::sum;
+  TORCH_CHECK_VALUE(false, "reduction must be one of mean, sum, none, got ", name);
+}
+
+// d(reduced) / d(one row's loss), the weights apart. The mean over an empty batch is 0, not NaN.
+double row_scale(Reduction reduction, int64_t batch) {
+  return reduction == Reduction::mean ? 1.0 / std::max<int64_t>(batch, 1) : 1.0;
+}
+
+template <class Fn>
+void with_values(const Tensor& t, Fn&& fn) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.scalar_type(), "fastvae_elbo",
+                                  [&] { fn(t.const_data_ptr<scalar_t>()); });
+}
+
+// (loss, log-likelihood, kl), each Σ_b c w_b (…)_b, or per sample for "none"; K is averaged over.
+std::tuple<Tensor, Tensor, Tensor> elbo_reduce_cpu(const Tensor& log_likelihood, const Tensor& kl,
+                                                   const OptTensor& weight, double beta,
+                                                   c10::string_view reduction_name) {
+  const Reduction reduction = parse_reduction(reduction_name);
+  check_cpu(log_likelihood, "log_likelihood");
+  check_cpu(kl, "kl");
+  check_floating(log_likelihood, "log_likelihood");
+  check_floating(kl, "kl");
+  TORCH_CHECK_VALUE(kl.dim() == 1 && log_likelihood.dim() >= 1 && log_likelihood.dim() <= 2 &&
+                        log_likelihood.sizes().back() == kl.size(0),
+                    "kl must have one value per sample, got kl ", kl.sizes(),
+                    " and log_likelihood ", log_likelihood.sizes());
+  const int64_t batch = kl.size(0),
+                samples = log_likelihood.dim() == 2 ? log_likelihood.size(0) : 1;
+  std::vector<double> ll_row(batch, 0.0), kl_row(batch), w(batch, row_scale(reduction, batch));
+  with_values(log_likelihood.contiguous(), [&](const auto* p) {
+    for (int64_t k = 0; k < samples; ++k)
+      for (int64_t b = 0; b < batch; ++b)
+        ll_row[b] += static_cast<double>(p[k * batch + b]) / samples;
+  });
+  with_values(kl.contiguous(), [&](const auto* p) {
+    for (int64_t b = 0; b < batch; ++b) kl_row[b] = static_cast<double>(p[b]);
+  });
+  if (weight) {
+    check_cpu(*weight, "weight");
+    check_floating(*weight, "weight");
+    check_same_shape(*weight, "weight", kl, "kl");
+    with_values(weight->contiguous(), [&](const auto* p) {
+      for (int64_t b = 0; b < batch; ++b) w[b] *= static_cast<double>(p[b]);
+    });
+  }
+  const auto type =
+      at::promote_types(compute_type(log_likelihood.scalar_type()), compute_type(kl.scalar_type()));
+  const auto options = log_likelihood.options().dtype(type);
+  const bool none = reduction == Reduction::none;
+  std::tuple<Tensor, Tensor, Tensor> out;
+  auto make = [&] { return none ? at::empty({batch}, options) : at::zeros({}, options); };
+  out = {make(), make(), make()};
+  AT_DISPATCH_FLOATING_TYPES(type, "fastvae_elbo", [&] {
+    auto* loss_out = std::get<0>(out).mutable_data_ptr<scalar_t>();
+    auto* ll_out = std::get<1>(out).mutable_data_ptr<scalar_t>();
+    auto* kl_out = std::get<2>(out).mutable_data_ptr<scalar_t>();
+    double loss = 0, ll_sum = 0, kl_sum = 0;
+    for (int64_t b = 0; b < batch; ++b) {
+      const double ll_b = w[b] * ll_row[b], kl_b = w[b] * kl_row[b], loss_b = beta * kl_b - ll_b;
+      if (none) {
+        loss_out[b] = static_cast<scalar_t>(loss_b);
+        ll_out[b] = static_cast<scalar_t>(ll_b);
+        kl_out[b] = static_cast<scalar_t>(kl_b);
+      }
+      loss += loss_b, ll_sum += ll_b, kl_sum += kl_b;
+    }
+    if (!none) {
+      *loss_out = static_cast<scalar_t>(loss);
+      *ll_out = static_cast<scalar_t>(ll_sum);
+      *kl_out = static_cast<scalar_t>(kl_sum);
+    }
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> elbo_reduce(const Tensor& log_likelihood, const Tensor& kl,
+                                               const OptTensor& weight, double beta,
+                                               c10::string_view reduction) {
+  static const auto op = typed_op<decltype(elbo_reduce_cpu)>("fastvae::elbo_reduce");
+  return op.call(log_likelihood, kl, weight, beta, reduction);
+}
+
+struct Elbo : torch::autograd::Function<Elbo> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const Tensor& kl,
+                               const c10::intrusive_ptr<Call>& call, double beta,
+                               const std::string& reduction) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor value = forward_and_save(ctx, inputs, call);
+    auto [loss, ll, kl_out] = elbo_reduce(value, kl, call->weight, beta, reduction);
+    ctx->mark_non_differentiable({ll, kl_out});
+    return {loss, ll, kl_out};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const auto call = saved_call(ctx);
+    variable_list grads(call->needs.size() + 4);
+    if (!upstream[0].defined()) return grads;
+    const variable_list saved = ctx->get_saved_variables();
+    if (ctx->needs_input_grad(call->needs.size())) {
+      const int64_t batch = saved[0].size(0);
+      grads[call->needs.size()] =
+          call->weighted(upstream[0], call->kl_scale).expand({batch}).to(call->kl_type);
+    }
+    auto input_grads = likelihood_grads(*call, saved, upstream[0]);
+    std::move(input_grads.begin(), input_grads.end(), grads.begin());
+    return grads;
+  }
+};
+
+using Terms = std::tuple<Tensor, Tensor, Tensor>;
+
+Terms elbo_composite(const Tensor& x, at::TensorList params, const Tensor& kl,
+                     c10::string_view family, at::ArrayRef<double> options, const OptTensor& mask,
+                     const OptTensor& weight, double beta, c10::string_view reduction_name) {
+  const Reduction reduction = parse_reduction(reduction_name);
+  Tensor ll = log_likelihood_composite(x, params, family, options, mask);
+  if (ll.dim() == 2) ll = ll.mean(0);
+  const double c = row_scale(reduction, x.size(0));
+  auto reduce = [&](const Tensor& t) {
+    const Tensor w = weight ? t * *weight : t;
+    return reduction == Reduction::none ? w : w.sum() * c;
+  };
+  return {reduce(kl * beta - ll), reduce(ll).detach(),
+          reduce(kl.to(compute_type(kl.scalar_type()))).detach()};
+}
+
+Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
+                    c10::string_view family, at::ArrayRef<double> options, const OptTensor& mask,
+                    const OptTensor& weight, double beta, c10::string_view reduction) {
+  auto inputs = with_x(x, params);
+  inputs.push_back(kl);
+  if (needs_composite(inputs))
+    return elbo_composite(x, params, kl, family, options, mask, weight, beta, reduction);
+  inputs.pop_back();
+  auto call = make_call(inputs, family, options, mask);
+  const double c = row_scale(parse_reduction(reduction), x.size(0));
+  const int64_t samples = params[0].dim() > x.dim() ? params[0].size(0) : 1;
+  call->weight = weight;
+  call->scale = -c / static_cast<double>(samples);
+  call->kl_scale = c * beta;
+  call->kl_type = kl.scalar_type();
+  auto out = Elbo::apply(at::TensorList(inputs), kl, call, beta, std::string(reduction));
+  return {out[0], out[1], out[2]};
+}
+
+Terms elbo_cpu(const Tensor& x, at::TensorList params, const Tensor& kl, c10::string_view family,
+               at::ArrayRef<double> options, const OptTensor& mask, const OptTensor& weight,
+               double beta, c10::string_view reduction) {
+  return elbo_reduce(log_likelihood_cpu(x, params, family, options, mask), kl, weight, beta,
+                     reduction);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
+  m.impl("elbo_reduce", elbo_reduce_cpu);
+  m.impl("elbo", elbo_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastvae, Autograd, m) { m.impl("elbo", elbo_autograd); }
+
+TORCH_LIBRARY_IMPL(fastvae, FuncTorchBatchedDecomposition, m) { m.impl("elbo", elbo_composite); }
+
+}  // namespace fastvae

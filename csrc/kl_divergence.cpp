@@ -1,0 +1,104 @@
+// kl_divergence: CPU implementation, autograd, routing. Its backward computes it again; nothing but
+// the inputs is saved.
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "ops.h"
+
+namespace fastvae {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+std::vector<Tensor> kl_inputs(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
+                              const OptTensor& prior_logvar) {
+  TORCH_CHECK_VALUE(prior_mu.has_value() == prior_logvar.has_value(),
+                    "prior must be a pair (mu, logvar), got only one of them");
+  std::vector<Tensor> inputs{mu, logvar};
+  if (prior_mu) inputs.insert(inputs.end(), {*prior_mu, *prior_logvar});
+  for (const Tensor& t : inputs) check_same_shape(t, "every input of kl_divergence", mu, "mu");
+  return inputs;
+}
+
+Tensor kl_divergence_cpu(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
+                         const OptTensor& prior_logvar) {
+  check_floating(mu, "mu");
+  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
+  return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, {}, 1.0, {}).value;
+}
+
+std::vector<Tensor> kl_divergence_backward_cpu(const Tensor& grad, const Tensor& mu,
+                                               const Tensor& logvar, const OptTensor& prior_mu,
+                                               const OptTensor& prior_logvar,
+                                               std::array<bool, max_inputs> needs) {
+  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
+  const Needs list(needs.begin(), needs.begin() + inputs.size());
+  return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, grad, 1.0, list).grads;
+}
+
+}  // namespace
+
+Tensor kl_divergence_composite(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
+                               const OptTensor& prior_logvar) {
+  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
+  return rowwise_composite(kl_spec(inputs.size()), inputs, {});
+}
+
+namespace {
+
+struct KLDivergence : torch::autograd::Function<KLDivergence> {
+  static Tensor forward(AutogradContext* ctx, at::TensorList inputs) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward(variable_list(inputs.begin(), inputs.end()));
+    static const auto op = typed_op<decltype(kl_divergence_cpu)>("fastvae::kl_divergence");
+    return inputs.size() == 2 ? op.call(inputs[0], inputs[1], {}, {})
+                              : op.call(inputs[0], inputs[1], inputs[2], inputs[3]);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const auto inputs = ctx->get_saved_variables();
+    const size_t count = inputs.size();
+    variable_list out(count);
+    if (!upstream[0].defined()) return out;
+    Needs needs(count);
+    for (size_t j = 0; j < count; ++j) needs[j] = ctx->needs_input_grad(j);
+    std::vector<Tensor> grads;
+    if (at::GradMode::is_enabled() && (upstream[0].requires_grad() || any_requires_grad(inputs))) {
+      grads = rowwise_composite_grads(kl_spec(count), inputs, {}, upstream[0], needs);
+    } else {
+      at::AutoDispatchBelowAutograd guard;
+      static const auto op =
+          typed_op<decltype(kl_divergence_backward_cpu)>("fastvae::kl_divergence_backward");
+      std::array<bool, max_inputs> flags{};
+      std::copy(needs.begin(), needs.end(), flags.begin());
+      const bool prior = count == 4;
+      grads =
+          op.call(upstream[0], inputs[0], inputs[1], prior ? OptTensor(inputs[2]) : std::nullopt,
+                  prior ? OptTensor(inputs[3]) : std::nullopt, flags);
+    }
+    for (size_t j = 0, k = 0; j < count; ++j)
+      if (needs[j]) out[j] = grads[k++];
+    return out;
+  }
+};
+
+Tensor kl_divergence_autograd(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
+                              const OptTensor& prior_logvar) {
+  const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
+  if (needs_composite(inputs)) return kl_divergence_composite(mu, logvar, prior_mu, prior_logvar);
+  return KLDivergence::apply(at::TensorList(inputs));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
+  m.impl("kl_divergence", kl_divergence_cpu);
+  m.impl("kl_divergence_backward", kl_divergence_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastvae, Autograd, m) { m.impl("kl_divergence", kl_divergence_autograd); }
+
+TORCH_LIBRARY_IMPL(fastvae, FuncTorchBatchedDecomposition, m) {
+  m.impl("kl_divergence", kl_divergence_composite);
+}
+
+}  // namespace fastvae
