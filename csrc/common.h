@@ -15,7 +15,7 @@ using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 using Needs = std::vector<bool>;
 
-// --- routing -------------------------------------------------------------------------------------
+// --- routing ---
 
 // A functorch transform is active, or an input carries a forward-mode tangent: the composite of
 // differentiable ATen ops must run, since the fused Functions have neither vmap nor jvp.
@@ -40,7 +40,7 @@ auto typed_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Fn>();
 }
 
-// --- dtypes --------------------------------------------------------------------------------------
+// --- dtypes ---
 
 inline at::ScalarType compute_type(at::ScalarType t) {
   return t == at::kDouble ? at::kDouble : at::kFloat;
@@ -48,8 +48,7 @@ inline at::ScalarType compute_type(at::ScalarType t) {
 
 DType dtype_of(const Tensor& t);
 
-// --- checks: what memory safety needs; fastvae/functional.py explains the rest to the user
-// ---------
+// --- checks: what memory safety needs; functional.py explains the rest to the user ---
 
 inline void check_cpu(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.is_cpu(), name, " must be a CPU tensor here, got ", t.device());
@@ -67,7 +66,7 @@ inline void check_floating(const Tensor& t, const char* name) {
                    name, " must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
 }
 
-// --- tensors as matrices -------------------------------------------------------------------------
+// --- tensors as matrices ---
 
 // Keeps alive the contiguous copies that operands may need.
 struct RowOperand {

@@ -8,8 +8,7 @@
 
 namespace fastvae {
 
-// --- kl_divergence.cpp
-// ----------------------------------------------------------------------------
+// --- kl_divergence.cpp ---
 
 inline Spec kl_spec(size_t inputs) {
   return {inputs == 2 ? Family::StandardKL : Family::NormalKL, {}};
@@ -18,8 +17,7 @@ inline Spec kl_spec(size_t inputs) {
 Tensor kl_divergence_composite(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
                                const OptTensor& prior_logvar);
 
-// --- log_likelihood.cpp: what elbo shares
-// ---------------------------------------------------------
+// --- log_likelihood.cpp: what elbo shares ---
 
 // What a call needs besides its differentiable inputs; the KL's fields are elbo's alone.
 struct Call : torch::CustomClassHolder {

@@ -139,8 +139,7 @@ std::tuple<Tensor, Tensor> rsample_backward_cpu(const OptTensor& grad_z, const O
   return {grad_mu, grad_logvar};
 }
 
-// --- composites
-// -----------------------------------------------------------------------------------
+// --- composites ---
 
 Tensor noise_like(const Tensor& mu, const Tensor& seed, std::optional<int64_t> num_samples,
                   int64_t offset) {
@@ -162,8 +161,7 @@ SampleResult rsample_kl_composite(const Tensor& mu, const Tensor& logvar, const 
           kl_divergence_composite(mu, logvar, {}, {})};
 }
 
-// --- autograd
-// -------------------------------------------------------------------------------------
+// --- autograd ---
 
 OptTensor defined(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
 

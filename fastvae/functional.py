@@ -244,7 +244,7 @@ def elbo_terms(
     return ops.elbo(x, params, kl, family, mask, weight, float(beta), reduction)
 
 
-# --- validation: once, here ---------------------------------------------------------------------
+# --- validation: once, here ---
 
 
 def _shape(t: Tensor) -> str:
