@@ -114,8 +114,6 @@ def log_likelihood_case(family: str) -> Case:
     def problem(shape: Shape) -> Problem:
         size = shape.batch, shape.pixels
         x, recon = likelihood.sample_inputs(size)
-        # Parameters that an option adds (per-element logvar) are not in sample_inputs.
-        recon += tuple(normal(*size) for _ in likelihood.param_names[len(recon) :])
         inputs = dict(zip(("x", *likelihood.param_names), (x, *recon), strict=True))
         inputs = {k: t.to(DEVICE, DTYPE).requires_grad_(k != "x") for k, t in inputs.items()}
         n, count = shape.batch * shape.pixels, len(recon)

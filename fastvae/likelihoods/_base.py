@@ -33,9 +33,8 @@ class Likelihood(nn.Module):
         """ln p per element (nats), in differentiable PyTorch; float32 or float64."""
         raise NotImplementedError
 
-    @classmethod
     def sample_inputs(
-        cls, shape: Sequence[int], generator: torch.Generator | None = None
+        self, shape: Sequence[int], generator: torch.Generator | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A typical (x, recon) of this family in float32, for tests and benchmarks."""
         raise NotImplementedError

@@ -26,9 +26,8 @@ class Bernoulli(Likelihood):
         (logits,) = params
         return x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits)
 
-    @classmethod
     def sample_inputs(
-        cls, shape: Sequence[int], generator: torch.Generator | None = None
+        self, shape: Sequence[int], generator: torch.Generator | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x = torch.rand(*shape, generator=generator)
         return x, (3 * torch.randn(*shape, generator=generator),)
@@ -92,11 +91,10 @@ class BernoulliProbs(Likelihood):
         value: Tensor = x * log_p + (1 - x) * log_q
         return value
 
-    @classmethod
     def sample_inputs(
-        cls, shape: Sequence[int], generator: torch.Generator | None = None
+        self, shape: Sequence[int], generator: torch.Generator | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x, (logits,) = Bernoulli.sample_inputs(shape, generator)
+        x, (logits,) = Bernoulli().sample_inputs(shape, generator)
         return x, (logits.sigmoid(),)
 
     def extra_repr(self) -> str:

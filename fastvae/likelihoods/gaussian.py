@@ -76,12 +76,11 @@ class Gaussian(Likelihood):
         precision, constant = self.options
         return constant - 0.5 * precision * (x - params[0]).square()
 
-    @classmethod
     def sample_inputs(
-        cls, shape: Sequence[int], generator: torch.Generator | None = None
+        self, shape: Sequence[int], generator: torch.Generator | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x = torch.randn(*shape, generator=generator)
-        return x, (torch.randn(*shape, generator=generator),)
+        x, *recon = (torch.randn(*shape, generator=generator) for _ in ("x", *self.param_names))
+        return x, tuple(recon)
 
     def extra_repr(self) -> str:
         if self.family == "gaussian":
