@@ -34,7 +34,8 @@ $(VENV)/installed: requirements-dev.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES) setup.py pyproject.toml
-	pip install --quiet --no-build-isolation --no-deps --editable .
+	python setup.py --quiet build_ext --inplace
+	FASTVAE_NO_EXTENSION=1 pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 clean:
