@@ -16,16 +16,21 @@ V num(double v) {
   return at::native::wrapped_scalar_tensor(v);  // a wrapped number: does not promote float32
 }
 
-// max(ln x, floor) and max(ln(1 + x), floor); where the logarithm is −∞ the derivative is 0, not
-// NaN.
-inline Tensor log_floor(const Tensor& x, const Tensor& floor) {
-  const Tensor inside = x > 0;
-  return at::maximum(at::where(inside, at::log(at::where(inside, x, 1.0)), floor), floor);
-}
+struct FlooredLogsTensor {
+  Tensor log_p, log_q;
+};
 
-inline Tensor log1p_floor(const Tensor& x, const Tensor& floor) {
-  const Tensor inside = x > -1;
-  return at::maximum(at::where(inside, at::log1p(at::where(inside, x, 0.0)), floor), floor);
+// max(ln p, floor) and max(ln(1 − p), floor), with the derivatives (1 − p)/v and −p/v that
+// BCELoss gives them, v = max(p (1 − p), 1e-12), to every order: under v's floor the value is that
+// of an antiderivative, moved onto the logarithm's.
+inline FlooredLogsTensor floored_logs(const Tensor& p, const Tensor& floor) {
+  const Tensor inside = p * (1 - p) >= 1e-12, safe = at::where(inside, p, 0.5);
+  const Tensor log_p = at::where(inside, at::log(safe), 1e12 * (p - 0.5 * p * p));
+  const Tensor log_q = at::where(inside, at::log1p(-safe), -0.5e12 * p * p);
+  const Tensor fixed = p.detach();
+  const Tensor exact_p = at::maximum(at::log(fixed), floor);
+  const Tensor exact_q = at::maximum(at::log1p(-fixed), floor);
+  return {exact_p + (log_p - log_p.detach()), exact_q + (log_q - log_q.detach())};
 }
 
 struct LogisticTensor {
@@ -40,12 +45,12 @@ struct PhiExpm1Tensor {
   Tensor phi, expm1;
 };
 
-// e^d − 1 − d: its series for |d| < 0.25, where the difference cancels (13 terms: below 1e-17).
+// e^d − 1 − d: its series for |d| < 1, where the difference cancels (up to d^20 / 20!).
 inline PhiExpm1Tensor phi_expm1(const Tensor& d) {
-  const Tensor e = at::expm1(d), s = at::clamp(d, -0.25, 0.25);
-  Tensor series = at::full_like(s, 1.0 / std::tgamma(15.0));
-  for (int k = 13; k >= 2; --k) series = series * s + 1.0 / std::tgamma(k + 1.0);
-  return {at::where(d.abs() < 0.25, series * s * s, e - d), e};
+  const Tensor e = at::expm1(d), s = at::clamp(d, -1.0, 1.0);
+  Tensor series = at::full_like(s, 1.0 / std::tgamma(21.0));
+  for (int k = 19; k >= 2; --k) series = series * s + 1.0 / std::tgamma(k + 1.0);
+  return {at::where(d.abs() < 1.0, series * s * s, e - d), e};
 }
 
 }  // namespace fastvae

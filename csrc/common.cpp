@@ -18,6 +18,12 @@ bool needs_composite(at::TensorList inputs) {
   return false;
 }
 
+bool needs_composite_backward(at::TensorList upstream, at::TensorList inputs) {
+  const bool graph =
+      at::GradMode::is_enabled() && (any_requires_grad(upstream) || any_requires_grad(inputs));
+  return graph || needs_composite(upstream) || needs_composite(inputs);
+}
+
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kDouble:

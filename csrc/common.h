@@ -21,6 +21,9 @@ using Needs = std::vector<bool>;
 // differentiable ATen ops must run, since the fused Functions have neither vmap nor jvp.
 bool needs_composite(at::TensorList inputs);
 
+// The same for a backward: also where a graph of the gradients is wanted (double backward).
+bool needs_composite_backward(at::TensorList upstream, at::TensorList inputs);
+
 // Ordinary eager execution on the CPU: reading a value back costs nothing and breaks no trace.
 inline bool is_plain_cpu(const Tensor& t) {
   return t.is_cpu() && !t.unsafeGetTensorImpl()->is_python_dispatch() &&
@@ -52,6 +55,12 @@ DType dtype_of(const Tensor& t);
 
 inline void check_cpu(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.is_cpu(), name, " must be a CPU tensor here, got ", t.device());
+}
+
+inline void check_dense(const Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_nested() && !t.is_quantized(), name,
+                   " must be a dense tensor, got layout ", t.layout(), " and dtype ",
+                   t.scalar_type());
 }
 
 inline void check_same_shape(const Tensor& a, const char* a_name, const Tensor& b,

@@ -98,25 +98,25 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce(const Tensor& log_likelihood, con
 
 struct Elbo : torch::autograd::Function<Elbo> {
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const Tensor& kl,
-                               const c10::intrusive_ptr<Call>& call, double beta,
-                               const std::string& reduction) {
+                               const Call& call, double beta, const std::string& reduction) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor value = forward_and_save(ctx, inputs, call);
-    auto [loss, ll, kl_out] = elbo_reduce(value, kl, call->weight, beta, reduction);
+    auto [loss, ll, kl_out] = elbo_reduce(value, kl, call.weight, beta, reduction);
     ctx->mark_non_differentiable({ll, kl_out});
+    ctx->saved_data["kl_type"] = static_cast<int64_t>(kl.scalar_type());
     return {loss, ll, kl_out};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    const auto call = saved_call(ctx);
-    variable_list grads(call->needs.size() + 4);
+    const Saved saved = load_saved(ctx);
+    const size_t count = saved.inputs.size();
+    variable_list grads(count + 4);
     if (!upstream[0].defined()) return grads;
-    const variable_list saved = ctx->get_saved_variables();
-    if (ctx->needs_input_grad(call->needs.size())) {
-      const int64_t batch = saved[0].size(0);
-      grads[call->needs.size()] =
-          call->weighted(upstream[0], call->kl_scale).expand({batch}).to(call->kl_type);
+    if (ctx->needs_input_grad(count)) {
+      const auto type = static_cast<at::ScalarType>(ctx->saved_data["kl_type"].toInt());
+      const Tensor kl_grad = saved.call.weighted(upstream[0], saved.call.kl_scale);
+      grads[count] = kl_grad.expand({saved.inputs[0].size(0)}).to(type);
     }
-    auto input_grads = likelihood_grads(*call, saved, upstream[0]);
+    auto input_grads = likelihood_grads(saved, upstream[0]);
     std::move(input_grads.begin(), input_grads.end(), grads.begin());
     return grads;
   }
@@ -147,13 +147,12 @@ Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
   if (needs_composite(inputs))
     return elbo_composite(x, params, kl, family, options, mask, weight, beta, reduction);
   inputs.pop_back();
-  auto call = make_call(inputs, family, options, mask);
+  Call call = make_call(inputs, family, options, mask);
   const double c = row_scale(parse_reduction(reduction), x.size(0));
   const int64_t samples = params[0].dim() > x.dim() ? params[0].size(0) : 1;
-  call->weight = weight;
-  call->scale = -c / static_cast<double>(samples);
-  call->kl_scale = c * beta;
-  call->kl_type = kl.scalar_type();
+  call.weight = weight;
+  call.scale = -c / static_cast<double>(samples);
+  call.kl_scale = c * beta;
   auto out = Elbo::apply(at::TensorList(inputs), kl, call, beta, std::string(reduction));
   return {out[0], out[1], out[2]};
 }

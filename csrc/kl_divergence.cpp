@@ -16,13 +16,12 @@ std::vector<Tensor> kl_inputs(const Tensor& mu, const Tensor& logvar, const OptT
                     "prior must be a pair (mu, logvar), got only one of them");
   std::vector<Tensor> inputs{mu, logvar};
   if (prior_mu) inputs.insert(inputs.end(), {*prior_mu, *prior_logvar});
-  for (const Tensor& t : inputs) check_same_shape(t, "every input of kl_divergence", mu, "mu");
+  for (const Tensor& t : inputs) check_same_shape(t, "logvar and prior", mu, "mu");
   return inputs;
 }
 
 Tensor kl_divergence_cpu(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
                          const OptTensor& prior_logvar) {
-  check_floating(mu, "mu");
   const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
   return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, {}, 1.0, {}).value;
 }
@@ -62,7 +61,7 @@ struct KLDivergence : torch::autograd::Function<KLDivergence> {
     Needs needs(count);
     for (size_t j = 0; j < count; ++j) needs[j] = ctx->needs_input_grad(j);
     std::vector<Tensor> grads;
-    if (at::GradMode::is_enabled() && (upstream[0].requires_grad() || any_requires_grad(inputs))) {
+    if (needs_composite_backward({upstream[0]}, inputs)) {
       grads = rowwise_composite_grads(kl_spec(count), inputs, {}, upstream[0], needs);
     } else {
       at::AutoDispatchBelowAutograd guard;

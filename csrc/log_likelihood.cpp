@@ -13,11 +13,10 @@ std::tuple<Tensor, std::vector<Tensor>> log_likelihood_forward_cpu(
     const Tensor& x, at::TensorList params, c10::string_view family, at::ArrayRef<double> options,
     const OptTensor& mask, const OptTensor& weight, double scale,
     std::array<bool, max_inputs> needs) {
+  const Spec spec = make_spec(family, options, params.size() + 1);
   const std::vector<Tensor> inputs = with_x(x, params);
-  TORCH_CHECK_VALUE(inputs.size() > 1 && inputs.size() <= max_inputs, "params must hold 1 to ",
-                    max_inputs - 1, " tensors, got ", params.size());
   const Needs list(needs.begin(), needs.begin() + inputs.size());
-  auto r = rowwise_cpu(make_spec(family, options), inputs, mask, weight, scale, list);
+  auto r = rowwise_cpu(spec, inputs, mask, weight, scale, list);
   return {std::move(r.value), std::move(r.grads)};
 }
 
@@ -41,82 +40,115 @@ std::tuple<Tensor, std::vector<Tensor>> run_forward(const Call& call, at::Tensor
 
 }  // namespace
 
-c10::intrusive_ptr<Call> make_call(at::TensorList inputs, c10::string_view family,
-                                   at::ArrayRef<double> options, const OptTensor& mask) {
-  auto call = c10::make_intrusive<Call>();
-  call->spec = make_spec(family, options);
-  call->family = std::string(family);
-  call->mask = mask;
-  call->needs.assign(inputs.size(), false);
-  if (at::GradMode::is_enabled())
-    for (size_t j = 0; j < inputs.size(); ++j) call->needs[j] = inputs[j].requires_grad();
+Call make_call(at::TensorList inputs, c10::string_view family, at::ArrayRef<double> options,
+               const OptTensor& mask) {
+  Call call;
+  call.family = std::string(family);
+  call.spec = make_spec(family, options, inputs.size());
+  call.mask = mask;
+  call.needs.assign(inputs.size(), false);
+  for (size_t j = 0; j < inputs.size() && at::GradMode::is_enabled(); ++j) {
+    call.needs[j] = inputs[j].requires_grad();
+    call.recompute |= call.needs[j] && inputs[j].scalar_type() == at::kHalf;
+  }
   return call;
 }
 
-Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs,
-                        const c10::intrusive_ptr<Call>& call) {
-  call->recompute = inputs[1].scalar_type() == at::kHalf;
-  auto [value, grads] = run_forward(*call, inputs, call->weight, call->scale,
-                                    call->recompute ? Needs{} : call->needs);
+Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call& call) {
+  auto [value, grads] =
+      run_forward(call, inputs, call.weight, call.scale, call.recompute ? Needs{} : call.needs);
   variable_list saved(inputs.begin(), inputs.end());
+  saved.push_back(call.mask.value_or(Tensor()));
+  saved.push_back(call.weight.value_or(Tensor()));
   saved.insert(saved.end(), grads.begin(), grads.end());
   ctx->save_for_backward(std::move(saved));
-  ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+  int64_t needs = 0;
+  for (size_t j = 0; j < inputs.size(); ++j) needs |= int64_t{call.needs[j]} << j;
+  ctx->saved_data["family"] = call.family;
+  ctx->saved_data["inputs"] = static_cast<int64_t>(inputs.size());
+  ctx->saved_data["needs"] = needs;
+  ctx->saved_data["scale"] = call.scale;
+  ctx->saved_data["kl_scale"] = call.kl_scale;
+  ctx->saved_data["recompute"] = call.recompute;
+  for (size_t k = 0; k < call.spec.options.size(); ++k)
+    ctx->saved_data["option" + std::to_string(k)] = call.spec.options[k];
   return value;
 }
 
-variable_list likelihood_grads(const Call& call, const variable_list& saved,
-                               const Tensor& upstream) {
+Saved load_saved(AutogradContext* ctx) {
+  Saved saved;
+  Call& call = saved.call;
+  auto& data = ctx->saved_data;
+  const auto count = static_cast<size_t>(data["inputs"].toInt());
+  call.family = data["family"].toStringRef();
+  std::vector<double> options;
+  for (size_t k = 0; data.count("option" + std::to_string(k)); ++k)
+    options.push_back(data["option" + std::to_string(k)].toDouble());
+  call.spec = make_spec(call.family, options, count);
+  for (size_t j = 0; j < count; ++j) call.needs.push_back(data["needs"].toInt() >> j & 1);
+  call.scale = data["scale"].toDouble();
+  call.kl_scale = data["kl_scale"].toDouble();
+  call.recompute = data["recompute"].toBool();
+  variable_list tensors = ctx->get_saved_variables();
+  saved.inputs.assign(tensors.begin(), tensors.begin() + count);
+  if (tensors[count].defined()) call.mask = tensors[count];
+  if (tensors[count + 1].defined()) call.weight = tensors[count + 1];
+  saved.grads.assign(tensors.begin() + count + 2, tensors.end());
+  return saved;
+}
+
+namespace {
+
+// A saved gradient may be reused as its own product with the upstream one unless somebody else can
+// see it: a later backward, where the graph is kept, or Python, where a saved-tensor hook took it.
+bool only_ours(const Tensor& grad) {
+  return !torch::autograd::get_current_graph_task_keep_graph() &&
+         grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() == nullptr;
+}
+
+}  // namespace
+
+variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
+  const Call& call = saved.call;
   const size_t count = call.needs.size();
-  const at::TensorList inputs = at::TensorList(saved).slice(0, count);
   variable_list out(count);
-  if (at::GradMode::is_enabled() && (upstream.requires_grad() || any_requires_grad(inputs))) {
-    const Tensor factor = call.weighted(upstream, call.scale);
-    auto grads = rowwise_composite_grads(call.spec, inputs, call.mask, factor, call.needs);
-    for (size_t j = 0, k = 0; j < count; ++j)
-      if (call.needs[j]) out[j] = grads[k++];
-    return out;
-  }
   std::vector<Tensor> grads;
-  if (call.recompute) {
+  if (needs_composite_backward({upstream}, saved.inputs)) {
+    grads = rowwise_composite_grads(call.spec, saved.inputs, call.mask,
+                                    call.weighted(upstream, call.scale), call.needs);
+  } else if (call.recompute) {
     at::AutoDispatchBelowAutograd guard;
     Tensor factor = call.weighted(upstream, call.scale);
-    if (factor.dim() == 0) factor = factor.expand({inputs[0].size(0)});
-    grads = std::get<1>(run_forward(call, inputs, factor, 1.0, call.needs));
+    if (factor.dim() == 0) factor = factor.expand({saved.inputs[0].size(0)});
+    grads = std::get<1>(run_forward(call, saved.inputs, factor, 1.0, call.needs));
   } else {
-    // The buffers are ours alone unless the graph is kept: then they must survive for the next
-    // backward.
     const bool plain = is_plain_cpu(upstream);
-    const bool ours = plain && !torch::autograd::get_current_graph_task_keep_graph();
     const bool one = plain && upstream.dim() == 0 && upstream.item<double>() == 1.0;
-    const Tensor factor = unsqueeze_event(upstream, inputs[0].dim() - 1);
-    for (size_t k = count; k < saved.size(); ++k) {
-      Tensor grad = saved[k];
-      if (!ours)
-        grad = (grad * factor).to(grad.scalar_type());
-      else if (!one)
-        grad.mul_(factor);
-      grads.push_back(grad);
+    const Tensor factor = unsqueeze_event(upstream, saved.inputs[0].dim() - 1);
+    for (const Tensor& grad : saved.grads) {
+      if (plain && only_ours(grad))
+        grads.push_back(one ? grad : grad.mul_(factor));
+      else
+        grads.push_back((grad * factor).to(grad.scalar_type()));
     }
   }
   for (size_t j = 0, k = 0; j < count; ++j)
-    if (call.needs[j]) out[j] = reduce_to(grads[k++], inputs[j]);
+    if (call.needs[j]) out[j] = reduce_to(grads[k++], saved.inputs[j]);
   return out;
 }
 
 namespace {
 
 struct LogLikelihood : torch::autograd::Function<LogLikelihood> {
-  static Tensor forward(AutogradContext* ctx, at::TensorList inputs,
-                        const c10::intrusive_ptr<Call>& call) {
+  static Tensor forward(AutogradContext* ctx, at::TensorList inputs, const Call& call) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return forward_and_save(ctx, inputs, call);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    const auto call = saved_call(ctx);
-    variable_list grads(call->needs.size() + 1);
+    const Saved saved = load_saved(ctx);
+    variable_list grads(saved.inputs.size() + 1);
     if (!upstream[0].defined()) return grads;
-    auto input_grads = likelihood_grads(*call, ctx->get_saved_variables(), upstream[0]);
+    auto input_grads = likelihood_grads(saved, upstream[0]);
     std::move(input_grads.begin(), input_grads.end(), grads.begin());
     return grads;
   }
@@ -126,7 +158,7 @@ struct LogLikelihood : torch::autograd::Function<LogLikelihood> {
 
 Tensor log_likelihood_composite(const Tensor& x, at::TensorList params, c10::string_view family,
                                 at::ArrayRef<double> options, const OptTensor& mask) {
-  return rowwise_composite(make_spec(family, options), with_x(x, params), mask);
+  return rowwise_composite(make_spec(family, options, params.size() + 1), with_x(x, params), mask);
 }
 
 Tensor log_likelihood_cpu(const Tensor& x, at::TensorList params, c10::string_view family,

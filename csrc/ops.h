@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/custom_class.h>
 
 #include "rowwise.h"
 
@@ -19,40 +18,38 @@ Tensor kl_divergence_composite(const Tensor& mu, const Tensor& logvar, const Opt
 
 // --- log_likelihood.cpp: what elbo shares ---
 
-// What a call needs besides its differentiable inputs; the KL's fields are elbo's alone.
-struct Call : torch::CustomClassHolder {
-  Spec spec;
+// What a call needs besides its differentiable inputs; the KL's field is elbo's alone.
+struct Call {
   std::string family;
+  Spec spec;
   OptTensor mask, weight;
   Needs needs;            // of [x, parameters...]
   double scale = 1.0;     // d(loss) / d(ln p of one row), the weights apart
   double kl_scale = 0.0;  // d(loss) / d(kl of one row), likewise
-  // float16 gradients are not saved but computed in backward, with the upstream factor in float32:
-  // 1/B of them would drop into the subnormals before a GradScaler's factor arrives.
+  // Gradients for float16 inputs are not saved but computed in backward, with the upstream factor
+  // in float32: 1/B of them would drop into the subnormals before a GradScaler's factor arrives.
   bool recompute = false;
-  at::ScalarType kl_type = at::kFloat;
 
   Tensor weighted(const Tensor& g, double s) const {
     return weight ? g * (weight->to(g.scalar_type()) * s) : g * s;
   }
 };
 
-// The gradients that are wanted now are those that autograd will ask for.
-c10::intrusive_ptr<Call> make_call(at::TensorList inputs, c10::string_view family,
-                                   at::ArrayRef<double> options, const OptTensor& mask);
+// The gradients that are wanted are those that autograd will ask for.
+Call make_call(at::TensorList inputs, c10::string_view family, at::ArrayRef<double> options,
+               const OptTensor& mask);
 
-// Runs the fused op and saves its gradients beside the inputs (which a double backward needs).
+// Runs the fused op and saves what backward needs: inputs, mask, weight, gradients, and the call.
 Tensor forward_and_save(torch::autograd::AutogradContext* ctx, at::TensorList inputs,
-                        const c10::intrusive_ptr<Call>& call);
+                        const Call& call);
+struct Saved {
+  Call call;
+  std::vector<Tensor> inputs, grads;
+};
+Saved load_saved(torch::autograd::AutogradContext* ctx);
 
 // Gradients of the inputs, given the upstream gradient of the loss (a scalar or [rows...]).
-torch::autograd::variable_list likelihood_grads(const Call& call,
-                                                const torch::autograd::variable_list& saved,
-                                                const Tensor& upstream);
-
-inline c10::intrusive_ptr<Call> saved_call(torch::autograd::AutogradContext* ctx) {
-  return c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
-}
+torch::autograd::variable_list likelihood_grads(const Saved& saved, const Tensor& upstream);
 
 inline std::vector<Tensor> with_x(const Tensor& x, at::TensorList params) {
   std::vector<Tensor> inputs{x};

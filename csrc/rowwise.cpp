@@ -6,10 +6,6 @@
 
 namespace fastvae {
 
-int input_count(Family family) {
-  return with_formula(family, [](auto f) { return decltype(f)::inputs; });
-}
-
 std::vector<std::string> likelihood_names() {
   return {
 #define FASTVAE_NAME(F) F::name,
@@ -18,55 +14,57 @@ std::vector<std::string> likelihood_names() {
   };
 }
 
-Spec make_spec(c10::string_view family, at::ArrayRef<double> options) {
-#define FASTVAE_MATCH(F)                                                            \
-  if (family == F::name) {                                                          \
-    TORCH_CHECK_VALUE(options.size() == F::options, F::name, " takes ", F::options, \
-                      " options, got ", options.size());                            \
-    return {Family::F, options.vec()};                                              \
+Spec make_spec(c10::string_view family, at::ArrayRef<double> options, size_t inputs) {
+#define FASTVAE_MATCH(F)                                                                       \
+  if (family == F::name) {                                                                     \
+    TORCH_CHECK_VALUE(options.size() == F::options, F::name, " takes ", F::options,            \
+                      " options, got ", options.size());                                       \
+    TORCH_CHECK_VALUE(inputs == F::inputs, F::name, " takes ", F::inputs - 1, " params, got ", \
+                      inputs - 1);                                                             \
+    return {Family::F, options.vec()};                                                         \
   }
   FASTVAE_LIKELIHOODS(FASTVAE_MATCH)
 #undef FASTVAE_MATCH
-  TORCH_CHECK_VALUE(false, "likelihood must be one of ", likelihood_names(), ", got ", family);
+  TORCH_CHECK_VALUE(false, "likelihood must be one of ", c10::Join(", ", likelihood_names()),
+                    ", got ", family);
 }
 
 namespace {
 
 void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
-                  const OptTensor& weight, const Needs& needs) {
+                  const OptTensor& weight) {
   with_formula(spec.family, [&](auto f) {
     using F = decltype(f);
-    TORCH_CHECK_VALUE(inputs.size() == F::inputs, F::name, " takes ", F::inputs - 1,
-                      " parameters, got ", static_cast<int64_t>(inputs.size()) - 1);
-    TORCH_CHECK_VALUE(needs.empty() || needs.size() == F::inputs, "needs must have ", F::inputs,
-                      " entries, got ", needs.size());
     const Tensor &x = inputs[0], &full = inputs[1];
+    for (int j = 0; j < F::inputs; ++j) {
+      check_dense(inputs[j], F::input_names[j]);
+      if (j > 0 || (x.scalar_type() != at::kByte && x.scalar_type() != at::kBool))
+        check_floating(inputs[j], F::input_names[j]);
+    }
     const int64_t event = x.dim() - 1, lead = full.dim() - event;
     TORCH_CHECK_VALUE(
         event >= 0 && (lead == 1 || lead == 2) && full.sizes().slice(lead - 1) == x.sizes(),
         F::input_names[0], " must have the shape of ", F::input_names[1],
         ", with or without a leading sample dimension, got ", x.sizes(), " and ", full.sizes());
-    for (int j = 0; j < F::inputs; ++j) {
-      check_cpu(inputs[j], F::input_names[j]);
-      if (j == 0) continue;
-      check_floating(inputs[j], F::input_names[j]);
-      bool per_row = inputs[j].numel() == 1;
-      if (!per_row && inputs[j].dim() == full.dim()) {
-        per_row = inputs[j].sizes().slice(0, lead) == full.sizes().slice(0, lead);
-        for (int64_t d = lead; d < full.dim(); ++d) per_row = per_row && inputs[j].size(d) == 1;
+    for (int j = 1; j < F::inputs; ++j) {
+      const Tensor& t = inputs[j];
+      bool per_row = t.numel() == 1 && t.dim() <= full.dim();
+      if (!per_row && t.dim() == full.dim()) {
+        per_row = t.sizes().slice(0, lead) == full.sizes().slice(0, lead);
+        for (int64_t d = lead; d < full.dim(); ++d) per_row = per_row && t.size(d) == 1;
       }
-      TORCH_CHECK_VALUE(per_row || inputs[j].sizes() == full.sizes(), F::input_names[j],
+      TORCH_CHECK_VALUE(per_row || t.sizes() == full.sizes(), F::input_names[j],
                         " must have shape ", full.sizes(), " or be constant along each row, got ",
-                        inputs[j].sizes());
+                        t.sizes());
     }
     if (mask) {
-      check_cpu(*mask, "mask");
+      check_dense(*mask, "mask");
       TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask must be bool, got ",
                        mask->scalar_type());
       check_same_shape(*mask, "mask", x, F::input_names[0]);
     }
     if (weight) {
-      check_cpu(*weight, "weight");
+      check_dense(*weight, "weight");
       check_floating(*weight, "weight");
       TORCH_CHECK_VALUE(weight->sizes() == x.sizes().slice(0, 1) ||
                             weight->sizes() == full.sizes().slice(0, lead),
@@ -76,15 +74,29 @@ void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask
   });
 }
 
-[[noreturn]] void raise_outside(const Spec& spec, at::TensorList inputs, unsigned outside) {
+void check_cpu(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
+               const OptTensor& weight) {
+  with_formula(spec.family, [&](auto f) {
+    using F = decltype(f);
+    for (int j = 0; j < F::inputs; ++j) fastvae::check_cpu(inputs[j], F::input_names[j]);
+    if (mask) fastvae::check_cpu(*mask, "mask");
+    if (weight) fastvae::check_cpu(*weight, "weight");
+  });
+}
+
+[[noreturn]] void raise_outside(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
+                                unsigned outside) {
   with_formula(spec.family, [&](auto f) {
     using F = decltype(f);
     for (int j = 0; j < F::inputs; ++j) {
       if (!(outside >> j & 1)) continue;
-      const Tensor t = inputs[j].to(at::kDouble);
+      Tensor t = inputs[j].to(at::kDouble);
+      if (mask) t = t.masked_select(*mask);
+      TORCH_CHECK_VALUE(!t.isnan().any().item<bool>(), F::input_names[j],
+                        " must lie in [0, 1] for ", F::name, ", got NaN");
       TORCH_CHECK_VALUE(false, F::input_names[j], " must lie in [0, 1] for ", F::name,
                         ", got values in [", t.min().item<double>(), ", ", t.max().item<double>(),
-                        "]");
+                        "]", inputs[j].scalar_type() == at::kByte ? " (divide by 255?)" : "");
     }
   });
   __builtin_unreachable();
@@ -94,7 +106,8 @@ void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask
 
 RowwiseResult rowwise_cpu(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                           const OptTensor& weight, double scale, const Needs& needs) {
-  check_inputs(spec, inputs, mask, weight, needs);
+  check_cpu(spec, inputs, mask, weight);
+  check_inputs(spec, inputs, mask, weight);
   const Tensor &x = inputs[0], &full = inputs[1];
   const int64_t event = x.dim() - 1, lead = full.dim() - event;
   const auto row_sizes = full.sizes().slice(0, lead);
@@ -138,7 +151,7 @@ RowwiseResult rowwise_cpu(const Spec& spec, at::TensorList inputs, const OptTens
   a.sums = sums.mutable_data_ptr<double>();
   a.outside = &outside;
   kernels().rowwise(a);
-  if (outside) raise_outside(spec, inputs, outside);
+  if (outside) raise_outside(spec, inputs, mask, outside);
 
   // Combine the chunks of each row, in order.
   auto column = [&](int64_t k, const Tensor& out) {
@@ -171,6 +184,7 @@ Tensor apply_mask(const Tensor& t, const OptTensor& mask) {
 // a NaN there would come back through the product with a zero gradient.
 template <class Fn>
 auto evaluate(const Spec& spec, at::TensorList inputs, const OptTensor& mask, Fn&& use) {
+  check_inputs(spec, inputs, mask, {});
   return with_formula(spec.family, [&](auto f) {
     using F = decltype(f);
     const auto compute = compute_type(inputs[1].scalar_type());

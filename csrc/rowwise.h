@@ -11,9 +11,9 @@ struct Spec {
   std::vector<double> options;
 };
 
-// Resolves a name; raises ValueError that lists the known ones.
-Spec make_spec(c10::string_view family, at::ArrayRef<double> options);
-int input_count(Family family);
+// Resolves a likelihood's name; ValueError for an unknown one (which lists the known), or a wrong
+// number of options or inputs (x and the parameters).
+Spec make_spec(c10::string_view family, at::ArrayRef<double> options, size_t inputs);
 std::vector<std::string> likelihood_names();
 
 struct RowwiseResult {

@@ -35,6 +35,8 @@ void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
   check_cpu(mu, "mu");
   check_cpu(logvar, "logvar");
   check_cpu(seed, "seed");
+  check_dense(mu, "mu");
+  check_dense(logvar, "logvar");
   check_floating(mu, "mu");
   check_same_shape(mu, "mu", logvar, "logvar");
   TORCH_CHECK_TYPE(mu.scalar_type() == logvar.scalar_type(),
@@ -173,8 +175,7 @@ variable_list sample_grads(AutogradContext* ctx, const Tensor& grad_z, const Ten
   const int64_t offset = ctx->saved_data["sample_offset"].toInt();
   variable_list grads(5);
   if (!grad_z.defined() && !grad_kl.defined()) return grads;
-  if (at::GradMode::is_enabled() && any_requires_grad({grad_z, grad_kl, mu, logvar})) {
-    // Double backward: the same formulas on tensors.
+  if (needs_composite_backward({grad_z, grad_kl}, {mu, logvar})) {
     const auto compute = compute_type(mu.scalar_type());
     const Tensor lv = logvar.to(compute);
     Tensor g_mu = at::zeros_like(mu, compute), g_logvar = at::zeros_like(lv);

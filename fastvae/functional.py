@@ -217,10 +217,7 @@ def elbo_terms(
     family = likelihoods.get(likelihood)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-    if not 0.0 <= beta < math.inf:
-        raise ValueError(f"beta must be finite and ≥ 0, got {beta}")
+    check_beta(beta)
     params = _check_recon(x, recon, family)
     mask = _check_mask(mask, x)
     weight = _check_per_sample("sample_weight", sample_weight, x)
@@ -231,7 +228,8 @@ def elbo_terms(
         kl = _check_per_sample("kl", kl, x)
     else:
         if mu is None or logvar is None:
-            raise ValueError("mu and logvar, or kl, must be given, got neither pair complete")
+            given = " and ".join(n for n, t in (("mu", mu), ("logvar", logvar)) if t is not None)
+            raise ValueError(f"give mu and logvar, or kl, got {given or 'none of them'}")
         _check_latent(mu, logvar)
         if mu.shape[0] != x.shape[0] or mu.device != x.device:
             raise ValueError(
@@ -241,19 +239,34 @@ def elbo_terms(
         kl = ops.kl_divergence(mu, logvar, None if prior is None else _expand_prior(prior, mu))
     assert kl is not None
     weight = None if weight is None else weight.detach()
-    return ops.elbo(x, params, kl, family, mask, weight, float(beta), reduction)
+    return ops.elbo(x, params, kl, family, mask, weight, beta, reduction)
 
 
 # --- validation: once, here ---
+
+
+def check_beta(beta: float) -> None:
+    """Raises unless beta is a finite number ≥ 0."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
+        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+    if not 0.0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and ≥ 0, got {beta}")
 
 
 def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
+def _check_dense(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided or t.is_nested:
+        kind = "nested" if t.is_nested else t.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+
+
 def _check_floating(name: str, t: object) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    _check_dense(name, t)
     if t.dtype not in _FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
 
@@ -302,7 +315,7 @@ def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
 
 def _expand_prior(prior: Prior, mu: Tensor) -> Prior:
     if not isinstance(prior, (tuple, list)) or len(prior) != 2:
-        raise TypeError("prior must be a pair (mu, logvar) of tensors")
+        raise TypeError(f"prior must be a pair (mu, logvar) of tensors, got {type(prior).__name__}")
     for name, t in zip(("prior mu", "prior logvar"), prior, strict=True):
         _check_floating(name, t)
         if t.dtype != mu.dtype:
@@ -318,6 +331,7 @@ def _check_recon(x: Tensor, recon: Recon, family: Likelihood) -> tuple[Tensor, .
     """The formula's parameters, each of the full shape or constant along each row."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    _check_dense("x", x)
     if x.dtype not in _FLOATING and x.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"x must be floating, uint8 or bool, got {x.dtype}")
     if x.dim() == 0:
@@ -344,19 +358,20 @@ def _check_recon(x: Tensor, recon: Recon, family: Likelihood) -> tuple[Tensor, .
     params = family.params(tuple(given))
     if len(params) == 1 and first.device == x.device:  # the common case
         return params
-    fitted = [first]
-    for name, t in zip((*names, *["logvar"])[1:], params[1:], strict=False):
-        fitted.append(_fit(name, t, first, x.dim() - 1))
-    for name, t in zip((*names, *["logvar"]), fitted, strict=False):
+    all_names = (*names, *family.own_param_names)
+    for name, t in zip(all_names, params, strict=True):
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
-    return tuple(fitted)
+    rest = zip(all_names[1:], params[1:], strict=True)
+    return (first, *(_fit(name, t, first, x.dim() - 1) for name, t in rest))
 
 
 def _fit(name: str, t: Tensor, first: Tensor, event_dims: int) -> Tensor:
     """Leaves a parameter that is full or constant along each row; expands any other."""
-    if t.shape == first.shape or t.numel() == 1:
+    if t.shape == first.shape:
         return t
+    if t.numel() == 1:
+        return t.reshape(())
     if not _broadcasts(t, first.shape):
         raise ValueError(f"{name} must broadcast to shape {_shape(first)}, got {_shape(t)}")
     lead = first.dim() - event_dims

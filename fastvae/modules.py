@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from fastvae import likelihoods
 from fastvae._backends import Prior, Terms
-from fastvae.functional import Recon, elbo_terms
+from fastvae.functional import Recon, check_beta, elbo_terms
 from fastvae.likelihoods import Likelihood
 
 
@@ -34,6 +34,9 @@ class ELBOLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be one of mean, sum, none, got {reduction!r}")
+        check_beta(beta)
+        if backend not in ("auto", "cpp", "triton", "eager"):
+            raise ValueError(f"backend must be one of auto, cpp, triton, eager, got {backend!r}")
         self.likelihood = likelihoods.get(likelihood)
         self.beta = beta
         self.reduction = reduction

@@ -130,7 +130,7 @@ def test_building_without_torch_says_so_in_one_sentence(tmp_path: Path) -> None:
 
 def test_without_the_extension_the_eager_backend_serves() -> None:
     code = (
-        "import sys; sys.modules['fastvae._C'] = None\n"  # importing it fails, as where it isn't built
+        "import sys; sys.modules['fastvae._C'] = None\n"  # as where it isn't built
         "import torch, fastvae; b = fastvae.backends(); assert not b['cpp'].available;"
         "assert 'not built' in b['cpp'].detail; assert b['eager'].available;"
         "mu = torch.zeros(2, 3, requires_grad=True);"

@@ -182,15 +182,14 @@ FASTVAE_INLINE F64 log1p(const F64& x) { return x.log1p(); }
 FASTVAE_INLINE F32 max(const F32& a, const F32& b) { return at::vec::maximum(a, b); }
 FASTVAE_INLINE F64 max(const F64& a, const F64& b) { return at::vec::maximum(a, b); }
 
-// max(ln x, floor), max(ln(1 + x), floor).
 template <class V>
-FASTVAE_INLINE V log_floor(const V& x, const V& floor) {
-  return max(log(x), floor);
-}
+struct FlooredLogs {
+  V log_p, log_q;  // max(ln p, floor), max(ln(1 − p), floor)
+};
 
 template <class V>
-FASTVAE_INLINE V log1p_floor(const V& x, const V& floor) {
-  return max(log1p(x), floor);
+FASTVAE_INLINE FlooredLogs<V> floored_logs(const V& p, const V& floor) {
+  return {max(log(p), floor), max(log1p(-p), floor)};
 }
 
 template <class V>

@@ -19,6 +19,11 @@ struct Logistic {
 };
 
 template <class V>
+struct FlooredLogs {
+  V log_p, log_q;  // max(ln p, floor), max(ln(1 − p), floor)
+};
+
+template <class V>
 struct PhiExpm1 {
   V phi, expm1;  // e^d − 1 − d, e^d − 1
 };
@@ -26,8 +31,9 @@ struct PhiExpm1 {
 #define FASTVAE_SCALAR_MATH(V)                                                                \
   FASTVAE_INLINE V exp(V x) { return ::exp(x); }                                              \
   FASTVAE_INLINE V max(V a, V b) { return a >= b || a != a ? a : b; }                         \
-  FASTVAE_INLINE V log_floor(V x, V floor) { return max(::log(x), floor); }                   \
-  FASTVAE_INLINE V log1p_floor(V x, V floor) { return max(::log1p(x), floor); }               \
+  FASTVAE_INLINE FlooredLogs<V> floored_logs(V p, V floor) {                                  \
+    return {max(::log(p), floor), max(::log1p(-p), floor)};                                   \
+  }                                                                                           \
   FASTVAE_INLINE Logistic<V> logistic(V l) {                                                  \
     const V e = ::exp(-::fabs(l)), t = ::log1p(e), big = V(1) / (V(1) + e);                   \
     const V small = e * big;                                                                  \

@@ -34,9 +34,9 @@ struct BernoulliProbs {
   static FASTVAE_INLINE Result<V, 2> eval(const V (&in)[2], const V* opt) {
     const V &x = in[0], &p = in[1];
     const V one = num<V>(1);
-    const V log_p = log_floor(p, opt[0]), log_q = log1p_floor(-p, opt[0]);
+    const auto s = floored_logs(p, opt[0]);
     const V variance = max(p * (one - p), num<V>(1e-12));
-    return {x * log_p + (one - x) * log_q, {log_p - log_q, (x - p) / variance}};
+    return {x * s.log_p + (one - x) * s.log_q, {s.log_p - s.log_q, (x - p) / variance}};
   }
 };
 

@@ -1,23 +1,31 @@
 """The C++ backend: CPU tensors through torch.ops.fastvae."""
 
+import importlib.util
+import warnings
+
 import torch
 from torch import Tensor
 
 from fastvae._backends._common import Backend, Prior, Terms, draw_seed, in_transform
 from fastvae.likelihoods import Likelihood
 
-try:
-    import fastvae._C as _C
-    import fastvae._ops  # noqa: F401  (registers the fakes)
-except ImportError as error:
-    _STATUS = Backend(
-        False, f"the C++ extension is not built ({error}); CPU tensors use the eager backend"
-    )
-else:
-    _info = _C.build_info()
-    _STATUS = Backend(
-        True, f"{_info['isa']}, compiled by {_info['compiler']} for torch {_info['torch']}"
-    )
+
+def _load() -> Backend:
+    if importlib.util.find_spec("fastvae._C") is None:
+        return Backend(False, "the C++ extension is not built; CPU tensors use the eager backend")
+    try:
+        import fastvae._C as _C
+        import fastvae._ops  # noqa: F401  (registers the fakes)
+
+        info = _C.build_info()
+    except Exception as error:
+        detail = f"the C++ extension does not load, rebuild it against this torch: {error}"
+        warnings.warn(f"fastvae: {detail}; using the eager backend", stacklevel=2)
+        return Backend(False, detail)
+    return Backend(True, f"{info['isa']}, compiled by {info['compiler']} for torch {info['torch']}")
+
+
+_STATUS = _load()
 
 _ops = torch.ops.fastvae
 
@@ -82,8 +90,12 @@ def elbo(
     beta: float,
     reduction: str,
 ) -> Terms:
-    return Terms(
-        *_ops.elbo.default(
-            x, params, kl, likelihood.family, likelihood.options, mask, weight, beta, reduction
-        )
-    )
+    args = (likelihood.family, likelihood.options, mask, weight)
+    if not torch.compiler.is_compiling():
+        return Terms(*_ops.elbo.default(x, params, kl, *args, beta, reduction))
+    # Traced, an op's float is a constant: each β of an annealing schedule would compile again.
+    loss, ll, _ = _ops.elbo.default(x, params, kl * beta, *args, 1.0, reduction)
+    weighted = kl.detach() if weight is None else kl.detach() * weight
+    if reduction != "none":
+        weighted = weighted.sum() / (max(x.shape[0], 1) if reduction == "mean" else 1)
+    return Terms(loss, ll, weighted.to(loss.dtype))

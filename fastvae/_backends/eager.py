@@ -81,14 +81,12 @@ def rsample_kl(
 
 
 def _phi(d: Tensor) -> Tensor:
-    """e^d − 1 − d without cancellation: its series where |d| < 0.25."""
-    s = d.clamp(-0.25, 0.25)
-    series = torch.full_like(s, 1 / 479001600)
-    factorial = 479001600.0
-    for k in range(11, 1, -1):
-        factorial /= k + 1
-        series = series * s + 1 / factorial
-    return torch.where(d.abs() < 0.25, series * s * s, d.expm1() - d)
+    """e^d − 1 − d without cancellation: its series where |d| < 1 (d^20 / 20! is below 1e-18)."""
+    s = d.clamp(-1, 1)
+    series = torch.full_like(s, 1 / math.factorial(20))
+    for k in range(19, 1, -1):
+        series = series * s + 1 / math.factorial(k)
+    return torch.where(d.abs() < 1, series * s * s, d.expm1() - d)
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:

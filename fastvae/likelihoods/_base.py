@@ -17,6 +17,7 @@ class Likelihood(nn.Module):
 
     family: str  # the formula's name in every backend
     param_names: tuple[str, ...]  # what `recon` holds, in order
+    own_param_names: tuple[str, ...] = ()  # what the likelihood adds to it
     x_unit: ClassVar[bool] = False  # x must lie in [0, 1]
     params_unit: ClassVar[bool] = False  # so must the parameters
 

@@ -77,6 +77,8 @@ class BernoulliProbs(Likelihood):
 
     def __init__(self, log_min: float = -100.0) -> None:
         super().__init__()
+        if isinstance(log_min, bool) or not isinstance(log_min, (int, float)):
+            raise TypeError(f"log_min must be a number, got {type(log_min).__name__}")
         if not (math.isfinite(log_min) and log_min < 0):
             raise ValueError(f"log_min must be a finite negative number, got {log_min}")
         self.log_min = float(log_min)

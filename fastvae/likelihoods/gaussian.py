@@ -27,7 +27,7 @@ class Gaussian(Likelihood):
             ``"per_element"``, the decoder gives it: recon is the pair (mean, logvar).
 
     Raises:
-        ValueError: scale is not positive and finite; scale or normalized together with logvar;
+        ValueError: scale is not in [1e-18, 1e18]; scale or normalized together with logvar;
             an unknown logvar name.
     """
 
@@ -41,9 +41,13 @@ class Gaussian(Likelihood):
         super().__init__()
         if logvar is not None and (scale is not None or not normalized):
             raise ValueError("scale and normalized belong to a fixed scale, got logvar as well")
+        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+            raise TypeError(
+                f"scale must be a number, got {type(scale).__name__} (logvar= takes tensors)"
+            )
         self.scale = 1.0 if scale is None else float(scale)
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+        if not 1e-18 <= self.scale <= 1e18:  # 1 / scale² must be a float32
+            raise ValueError(f"scale must be in [1e-18, 1e18], got {scale}")
         self.normalized = normalized
         self.family = "gaussian" if logvar is None else "gaussian_logvar"
         self.param_names = ("mean", "logvar") if logvar == "per_element" else ("mean",)
@@ -58,6 +62,10 @@ class Gaussian(Likelihood):
             self.logvar = logvar if isinstance(logvar, Tensor) else None
         else:
             self.register_buffer("logvar", logvar)
+        if self.logvar is not None:
+            if not self.logvar.is_floating_point():
+                raise TypeError(f"logvar must be a floating tensor, got {self.logvar.dtype}")
+            self.own_param_names = ("logvar",)
 
     @property
     def options(self) -> Sequence[float]:
