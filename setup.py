@@ -30,7 +30,7 @@ if X86:
         "-Wno-uninitialized",
     ]  # GCC 12 warns of its own intrinsics
 
-# -ffp-contract=off: fused multiply-adds only where the source says so, the same on every set.
+# -ffp-contract=off: fused multiply-adds only where the source says so.
 FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += [
     "-fno-trapping-math",
@@ -56,7 +56,8 @@ def extension() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         fail(
-            "torch is missing here: install torch first, then `pip install . --no-build-isolation`."
+            "torch is missing here: install torch first, then `pip install . --no-build-isolation` "
+            "(pip's isolated builds cannot see the torch you have)."
         )
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler.split()[0]) is None:
@@ -64,6 +65,8 @@ def extension() -> dict:
             f"the C++ compiler `{compiler}` is missing: install it (Debian: apt install g++) "
             "or set CXX."
         )
+    # An environment's ninja is found without activating it.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     if shutil.which("ninja") is None:
         fail("the build tool `ninja` is missing: pip install ninja.")
 

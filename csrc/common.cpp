@@ -81,7 +81,7 @@ RowOperand as_rows(const Tensor& t, int64_t lead) {
   r.operand.per_row = columns_repeated(t, lead);
   if (!stride || !(r.operand.per_row || columns_contiguous(t, lead))) {
     r.storage = t.contiguous();
-    r.operand.per_row = false;
+    r.operand.per_row = columns_repeated(r.storage, lead);  // still so where the columns are one
     stride = row_stride(r.storage, lead);
   }
   r.operand.data = r.storage.const_data_ptr();

@@ -142,6 +142,7 @@ Terms elbo_composite(const Tensor& x, at::TensorList params, const Tensor& kl,
 Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
                     c10::string_view family, at::ArrayRef<double> options, const OptTensor& mask,
                     const OptTensor& weight, double beta, c10::string_view reduction) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must have a batch dimension, got ", x.sizes());
   auto inputs = with_x(x, params);
   inputs.push_back(kl);
   if (needs_composite(inputs))

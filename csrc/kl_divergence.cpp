@@ -16,6 +16,7 @@ std::vector<Tensor> kl_inputs(const Tensor& mu, const Tensor& logvar, const OptT
                     "prior must be a pair (mu, logvar), got only one of them");
   std::vector<Tensor> inputs{mu, logvar};
   if (prior_mu) inputs.insert(inputs.end(), {*prior_mu, *prior_logvar});
+  TORCH_CHECK_VALUE(mu.dim() >= 1, "mu must have a batch dimension, got ", mu.sizes());
   for (const Tensor& t : inputs) check_same_shape(t, "logvar and prior", mu, "mu");
   return inputs;
 }
@@ -31,6 +32,10 @@ std::vector<Tensor> kl_divergence_backward_cpu(const Tensor& grad, const Tensor&
                                                const OptTensor& prior_logvar,
                                                std::array<bool, max_inputs> needs) {
   const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
+  check_dense(grad, "grad");
+  check_floating(grad, "grad");
+  TORCH_CHECK_VALUE(grad.sizes() == mu.sizes().slice(0, 1), "grad must have shape [", mu.size(0),
+                    "], got ", grad.sizes());
   const Needs list(needs.begin(), needs.begin() + inputs.size());
   return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, grad, 1.0, list).grads;
 }

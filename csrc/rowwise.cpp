@@ -1,5 +1,7 @@
 #include "rowwise.h"
 
+#include <charconv>
+
 #include "aten_math.h"
 
 #include "formulas/all.h"
@@ -84,6 +86,12 @@ void check_cpu(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
   });
 }
 
+// The fewest digits that tell the value from its neighbours: 1.0000000000000002 is not "1".
+std::string shortest(double v) {
+  char buffer[32];
+  return {buffer, std::to_chars(buffer, buffer + sizeof buffer, v).ptr};
+}
+
 [[noreturn]] void raise_outside(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                                 unsigned outside) {
   with_formula(spec.family, [&](auto f) {
@@ -95,8 +103,9 @@ void check_cpu(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
       TORCH_CHECK_VALUE(!t.isnan().any().item<bool>(), F::input_names[j],
                         " must lie in [0, 1] for ", F::name, ", got NaN");
       TORCH_CHECK_VALUE(false, F::input_names[j], " must lie in [0, 1] for ", F::name,
-                        ", got values in [", t.min().item<double>(), ", ", t.max().item<double>(),
-                        "]", inputs[j].scalar_type() == at::kByte ? " (divide by 255?)" : "");
+                        ", got values in [", shortest(t.min().item<double>()), ", ",
+                        shortest(t.max().item<double>()), "]",
+                        inputs[j].scalar_type() == at::kByte ? " (divide by 255?)" : "");
     }
   });
   __builtin_unreachable();

@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <limits>
 #include <mutex>
 
@@ -30,8 +31,8 @@ Tensor seed_cpu(const Tensor&, std::optional<at::Generator> generator) {
   return seed;
 }
 
-void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                    int64_t num_samples) {
+void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples,
+                    int64_t sample_offset) {
   check_cpu(mu, "mu");
   check_cpu(logvar, "logvar");
   check_cpu(seed, "seed");
@@ -46,6 +47,13 @@ void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
   TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, "seed must be int64, got ", seed.scalar_type());
   TORCH_CHECK_VALUE(seed.numel() == 1, "seed must hold one element, got ", seed.sizes());
   TORCH_CHECK_VALUE(num_samples >= 1, "num_samples must be at least 1, got ", num_samples);
+  TORCH_CHECK_VALUE(sample_offset >= 0, "sample_offset must be at least 0, got ", sample_offset);
+  int64_t end = 0;  // the stream's indices are 64-bit
+  const bool too_far = __builtin_add_overflow(sample_offset, mu.size(0), &end) ||
+                       __builtin_mul_overflow(end, num_samples, &end) ||
+                       __builtin_mul_overflow(end, product(mu.sizes().slice(1)), &end);
+  TORCH_CHECK_VALUE(!too_far, "sample_offset and num_samples must keep the stream below 2^63, got ",
+                    sample_offset, " and ", num_samples);
 }
 
 uint64_t seed_value(const Tensor& seed) {
@@ -60,7 +68,7 @@ std::vector<int64_t> sample_sizes(const Tensor& mu, std::optional<int64_t> num_s
 
 SampleResult sample_cpu(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
                         std::optional<int64_t> num_samples, int64_t sample_offset, bool want_kl) {
-  check_sampling(mu, logvar, seed, num_samples.value_or(1));
+  check_sampling(mu, logvar, seed, num_samples.value_or(1), sample_offset);
   const auto compute = compute_type(mu.scalar_type());
   const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
   Tensor z = at::empty(sample_sizes(mu, num_samples), mu.options());
@@ -98,6 +106,8 @@ SampleResult rsample_kl_cpu(const Tensor& mu, const Tensor& logvar, const Tensor
 // ε alone: the sample of N(0, 1).
 Tensor noise_cpu(const Tensor& seed, at::IntArrayRef size, int64_t num_samples,
                  int64_t sample_offset) {
+  TORCH_CHECK_VALUE(!size.empty() && *std::min_element(size.begin(), size.end()) >= 0,
+                    "size must be a batch and event sizes, none negative, got ", size);
   const Tensor zero = at::zeros({1}, at::kFloat).expand({product(size)}).view(size);
   return rsample_cpu(zero, zero, seed, num_samples, sample_offset);
 }
@@ -107,7 +117,7 @@ std::tuple<Tensor, Tensor> rsample_backward_cpu(const OptTensor& grad_z, const O
                                                 const Tensor& seed,
                                                 std::optional<int64_t> num_samples,
                                                 int64_t sample_offset) {
-  check_sampling(mu, logvar, seed, num_samples.value_or(1));
+  check_sampling(mu, logvar, seed, num_samples.value_or(1), sample_offset);
   SampleBackwardArgs a{};
   a.batch = mu.size(0);
   a.cols = product(mu.sizes().slice(1));

@@ -5,7 +5,7 @@ float64 is computed and returned in float64; float32, bfloat16 and float16 are c
 and sums come back in float32. Gradients have the dtype of their input.
 """
 
-import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -53,7 +53,7 @@ def rsample(
         TypeError: mu or logvar is not a floating tensor, or their dtypes differ.
     """
     _check_latent(mu, logvar)
-    _check_sampling(num_samples, generator, sample_offset)
+    _check_sampling(mu, num_samples, generator, sample_offset)
     ops = select(backend, mu.device)
     return ops.rsample(mu, logvar, num_samples, generator, sample_offset)
 
@@ -76,7 +76,7 @@ def rsample_kl(
         z as from `rsample` (the same draws under the same seed), and kl [B] in nats.
     """
     _check_latent(mu, logvar)
-    _check_sampling(num_samples, generator, sample_offset)
+    _check_sampling(mu, num_samples, generator, sample_offset)
     ops = select(backend, mu.device)
     if prior is None:
         return ops.rsample_kl(mu, logvar, num_samples, generator, sample_offset)
@@ -249,7 +249,7 @@ def check_beta(beta: float) -> None:
     """Raises unless beta is a finite number ≥ 0."""
     if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-    if not 0.0 <= beta < math.inf:
+    if not 0.0 <= beta <= sys.float_info.max:
         raise ValueError(f"beta must be finite and ≥ 0, got {beta}")
 
 
@@ -291,11 +291,18 @@ def _check_latent(mu: Tensor, logvar: Tensor) -> None:
 
 
 def _check_sampling(
-    num_samples: int | None, generator: torch.Generator | None, sample_offset: int
+    mu: Tensor, num_samples: int | None, generator: torch.Generator | None, sample_offset: int
 ) -> None:
     if num_samples is not None:
         _check_count("num_samples", num_samples, 1)
     _check_count("sample_offset", sample_offset, 0)
+    if num_samples is not None or sample_offset:
+        columns = mu.shape[1:].numel()
+        if (sample_offset + mu.shape[0]) * (num_samples or 1) * columns >= 2**63:
+            raise ValueError(
+                "sample_offset and num_samples must keep the stream below 2^63, got "
+                f"{sample_offset} and {num_samples}"
+            )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
@@ -370,10 +377,11 @@ def _fit(name: str, t: Tensor, first: Tensor, event_dims: int) -> Tensor:
     """Leaves a parameter that is full or constant along each row; expands any other."""
     if t.shape == first.shape:
         return t
-    if t.numel() == 1:
-        return t.reshape(())
+    _check_dense(name, t)
     if not _broadcasts(t, first.shape):
         raise ValueError(f"{name} must broadcast to shape {_shape(first)}, got {_shape(t)}")
+    if t.numel() == 1:
+        return t.reshape(())
     lead = first.dim() - event_dims
     if (
         event_dims
@@ -391,6 +399,7 @@ def _check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor, got {kind}")
+    _check_dense("mask", mask)
     if mask.device != x.device:
         raise ValueError(f"mask must be on x's device {x.device}, got {mask.device}")
     if not _broadcasts(mask, x.shape):

@@ -145,14 +145,15 @@ SAMPLING = [
     bad(T, "sample_offset.*NoneType", sample_offset=None),
     bad(T, "sample_offset.*bool", sample_offset=False),
     # Past the 64-bit index the stream repeats, or ends in the middle of a row.
-    *(bad(EITHER, "sample_offset", sample_offset=k) for k in (2**62, 2**63 - 1, 2**63, 2**100)),
+    *(bad(EITHER, "sample_offset", sample_offset=k)
+      for k in (2**61, 2**62, 2**63 - 1, 2**63, 2**100)),
     bad(T, "generator.*int", generator=0),
     bad(T, "generator.*str", generator="cpu"),
     bad(T, "generator.*module", generator=torch),
 ]
 MU = full(4, 6)
 PRIOR = [
-    *(bad(T, r"prior.*got", prior=p) for p in (0.0, "ab", {}, MU, (), (MU,), (MU, MU, MU))),
+    *(bad(T, r"prior.*got", prior=p) for p in (0.0, "ab", {"a": MU}, MU, (), (MU,), (MU,) * 3)),
     bad(T, r"prior.*got", prior=((MU, MU),)),
     bad(T, r"prior.*tuple", prior=((MU, MU), MU)),
     bad(T, r"prior.*NoneType", prior=(None, MU)),
@@ -181,7 +182,7 @@ RECON = [
     bad(V, r"x\b.*\[\]", x=full(), recon=full()),
     bad(V, r"x\b.*\[\]", x=full(), recon=full(3)),
     bad(V, r"meta.*cpu", x=meta(4, 5)),
-    *(bad(V, rf"x\b.*0, 1.*{v}", x=full(4, 5, value=v)) for v in (1.5, -0.25, NAN, INF, -INF)),
+    *(bad(V, rf"(?i)x\b.*0, 1.*{v}", x=full(4, 5, value=v)) for v in (1.5, -0.25, NAN, INF, -INF)),
     bad(V, r"x\b.*0, 1.*2", x=torch.full((4, 5), 2, dtype=torch.uint8)),
     bad(V, r"x\b.*0, 1.*1\.0000", x=f64(4, 5, value=1 + 1e-9), recon=f64(4, 5)),
     # What is masked out is not what is wrong.
@@ -204,7 +205,7 @@ RECON = [
     *shapes("recon", (), (4, 4), (3, 5), (5,), (1, 5), (2, 4, 4), (2, 3, 5), (4, 2, 5),
             (4, 5, 1), (1, 2, 4, 5), (0, 4, 5), (0, 5), label="logits"),
     bad(V, r"logits.*cpu.*meta", recon=meta(4, 5)),
-    *(bad(V, rf"probs.*0, 1.*{v}", recon=full(4, 5, value=v), **PROBS)
+    *(bad(V, rf"(?i)probs.*0, 1.*{v}", recon=full(4, 5, value=v), **PROBS)
       for v in (1.5, -0.25, NAN, INF, -INF)),
     *(bad(V, r"logvar.*" + re.escape(str(list(s))), recon=(X, full(*s)), **PAIR)
       for s in ((3, 5), (4,), (2, 4, 5), (1, 1, 1), (4, 5, 1), (0,))),
@@ -430,7 +431,8 @@ def test_extreme_scale_is_an_error_or_right(scale: float, backend: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backends_agree_on_the_dtype_of_a_weighted_loss(reduction: str) -> None:
-    given = {**DATA, "kl": full(4), "sample_weight": f64(4), "reduction": reduction}
+    given: dict[str, Any] = {**DATA, "kl": full(4), "sample_weight": f64(4)}
+    given["reduction"] = reduction
     dtypes = {b: fastvae.elbo_loss(**given, backend=require(b)).dtype for b in ("cpp", "eager")}
     assert dtypes["cpp"] == dtypes["eager"]
 
@@ -457,14 +459,12 @@ RAW_GOOD: dict[str, dict[str, Any]] = {
         "reduction": "sum",
     },
 }  # fmt: skip
-ON_META = r"(?i)meta|device"
 RAW_LATENT = [
     *shapes("logvar", (4, 5), (3, 6), (4, 1), (1, 6), (6,), (0, 6), (), label="mu"),
     bad(V, r"mu.*\[\]", mu=full(), logvar=full()),
     bad(T, "mu.*Long", mu=i64(4, 6)),
     bad(T, "mu.*ComplexFloat", mu=c64(4, 6), logvar=c64(4, 6)),
     bad(T, "logvar.*Long", logvar=i64(4, 6)),
-    bad(TORCHS, ON_META, logvar=meta(4, 6)),
     bad(NotImplementedError, "fastvae::.*Sparse", mu=odd("sparse", MU), logvar=odd("sparse", MU)),
     bad(RuntimeError, "'mu'.*list", mu=[0.5]),
     bad(TORCHS, "mu|logvar|device", logvar=None),  # torch makes it an undefined tensor
@@ -472,12 +472,11 @@ RAW_LATENT = [
 RAW_SEED = [
     *(bad(T, "seed.*int64", seed=torch.ones(1, dtype=d)) for d in (torch.float32, torch.int32)),
     *(bad(V, rf"seed.*\[{n}\]", seed=torch.ones(n, dtype=torch.int64)) for n in (0, 2)),
-    bad(TORCHS, ON_META, seed=SEED.to("meta")),
     bad(RuntimeError, "'seed'.*int", seed=7),
     *(bad(V, f"num_samples.*{k}", num_samples=k) for k in (0, -1, -(2**63))),
     bad(TORCHS, r"num_samples|\[4611686018427387904|grad_z", num_samples=2**62),
     *(bad(RuntimeError, "'num_samples'", num_samples=k) for k in (2**63, 1.5, "2")),
-    *(bad(V, "sample_offset", sample_offset=k) for k in (-1, -5, -(2**63), 2**62, 2**63 - 1)),
+    *(bad(V, "sample_offset", sample_offset=k) for k in (-1, -5, -(2**63), 2**61, 2**63 - 1)),
     *(bad(RuntimeError, "'sample_offset'", sample_offset=k) for k in (2**63, None, 0.5)),
 ]
 RAW_DATA = [
@@ -489,9 +488,6 @@ RAW_DATA = [
         (torch.int64, "Long"), (torch.int8, "Char"), (torch.complex64, "ComplexFloat"),
         (torch.float8_e4m3fn, "Float8"))),
     bad(V, r"x\b.*0, 1.*1.5", x=full(4, 5, value=1.5)),
-    bad(TORCHS, ON_META, x=meta(4, 5)),
-    bad(TORCHS, ON_META, params=[meta(4, 5)]),
-    bad(TORCHS, ON_META, mask=meta(4, 5, dtype=torch.bool)),
     bad(NotImplementedError, "fastvae::.*Sparse", x=odd("sparse", X)),
     bad(NotImplementedError, "fastvae::.*Sparse", params=[odd("sparse", X)]),
     *(bad(V, r"logits.*" + re.escape(str(list(s))), params=[full(*s)])
@@ -514,13 +510,11 @@ RAW_DATA = [
 RAW_WEIGHT = [
     *shapes("weight", (3,), (1,), (), (4, 1)),
     bad(T, "weight.*Bool", weight=bool_(4)),
-    bad(TORCHS, ON_META, weight=meta(4)),
 ]
 RAW_LOSS = [
     *RAW_WEIGHT,
     *shapes("kl", (3,), (), (4, 1), (1,)),
     bad(T, "kl.*Long", kl=i64(4)),
-    bad(TORCHS, ON_META, kl=meta(4)),
     *(bad(V, "reduction.*mean.*sum.*none", reduction=r) for r in ("avg", "")),
     bad(RuntimeError, "'beta'", beta="1"),
 ]
@@ -546,7 +540,6 @@ RAW: dict[str, list[Bad]] = {
         *shapes("grad_kl", (3,), (1,), (4, 1), ()),
         bad(T, "grad_z.*Long", grad_z=i64(4, 6)),
         bad(T, "grad_kl.*Long", grad_kl=i64(4)),
-        bad(TORCHS, ON_META, grad_z=meta(4, 6)),
     ],
     "kl_divergence": [
         *RAW_LATENT,
@@ -554,7 +547,6 @@ RAW: dict[str, list[Bad]] = {
         bad(V, "prior.*one", prior_logvar=MU),
         bad(V, r"(prior|mu).*\[1, 6\]", prior_mu=MU, prior_logvar=full(1, 6)),
         bad(T, "prior.*Long", prior_mu=MU, prior_logvar=i64(4, 6)),
-        bad(TORCHS, ON_META, prior_mu=MU, prior_logvar=meta(4, 6)),
     ],
     "kl_divergence_backward": [
         *RAW_LATENT,
@@ -663,7 +655,7 @@ def tensors_of_a_loss(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def masked_weighted_loss(given: dict[str, Tensor], backend: str) -> Tensor:
-    rest = {k: v for k, v in given.items() if not k.startswith("prior")}
+    rest: dict[str, Any] = {k: v for k, v in given.items() if not k.startswith("prior")}
     prior = (given["prior_mu"], given["prior_logvar"])
     return fastvae.elbo_loss(**rest, prior=prior, backend=backend, reduction="sum")
 
@@ -800,7 +792,7 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def near(ours: Tensor, exact: Tensor, bound: Tensor, what: str) -> None:
+def near(ours: Tensor, exact: Tensor, bound: Tensor | float, what: str) -> None:
     assert ours.shape == exact.shape, f"{what}: shape {list(ours.shape)}, not {list(exact.shape)}"
     excess = (ours.double() - exact).abs() - bound
     worst = excess.max().item() if excess.numel() else 0.0
@@ -834,7 +826,7 @@ def compare(
         for j, got, grad in zip(wanted, ours_grads, plain_grads, strict=True):
             assert got.dtype == leaves[j].dtype
             terms = max(t.numel() for t in inputs) / max(grad.numel(), 1)  # in each element's sum
-            scale = 4 * math.sqrt(terms) + (grad.abs().max() if grad.numel() else 0.0)
+            scale = 4 * math.sqrt(terms) + (grad.abs().max().item() if grad.numel() else 0.0)
             near(got, grad, max(least, ROUNDING[got.dtype]) * scale, f"gradient of input {j}")
     for t, was in zip(leaves, before, strict=True):
         torch.testing.assert_close(t.detach(), was, rtol=0, atol=0, equal_nan=True)
@@ -848,6 +840,10 @@ def plain_kl(mu: Tensor, logvar: Tensor, *prior: Tensor) -> tuple[Tensor, Tensor
     return sum_event(0.5 * (square + phi), dims), sum_event(square + phi.abs() + d.abs(), dims)
 
 
+def plain_given_kl(kl: Tensor) -> tuple[Tensor, Tensor]:
+    return kl, kl.abs()
+
+
 @backends
 @generated
 @given(data=st.data())
@@ -859,8 +855,9 @@ def test_generated_kl_divergence(data: Any, backend: str) -> None:
         sizes += [draw_broadcast(draw, shape) for _ in range(2)]
     inputs = [draw_tensor(draw, s, dtype, -2, 2) for s in sizes]
 
-    def ours(mu: Tensor, logvar: Tensor, *prior: Tensor) -> Tensor:
-        return fastvae.kl_divergence(mu, logvar, prior=prior or None, backend=backend)
+    def ours(mu: Tensor, logvar: Tensor, *given: Tensor) -> Tensor:
+        prior: Any = given or None
+        return fastvae.kl_divergence(mu, logvar, prior=prior, backend=backend)
 
     compare(draw, ours, plain_kl, inputs, value_dtype(dtype))
 
@@ -1032,8 +1029,9 @@ def test_generated_elbo_loss(data: Any, backend: str) -> None:
     batch = shape[0]
     drawn = draw_reconstruction(draw, shape, dtype)
     latent = [batch, *draw_shape(draw, 100)[1:]]
+    plain_latent: Callable[..., tuple[Tensor, Tensor]]
     if draw(st.booleans()):
-        names, plain_latent = ["kl"], lambda kl: (kl, kl.abs())
+        names, plain_latent = ["kl"], plain_given_kl
         extra = [draw_tensor(draw, [batch], latent_dtype, 0, 3)]
     else:
         names, plain_latent = ["mu", "logvar"], plain_kl
@@ -1047,10 +1045,9 @@ def test_generated_elbo_loss(data: Any, backend: str) -> None:
     count = len(drawn.inputs)
 
     def ours(*tensors: Tensor) -> Tensor:
-        return fastvae.elbo_loss(
-            **drawn.ours(tensors[:count]), **dict(zip(names, tensors[count:], strict=True)),
-            beta=beta, reduction=reduction, sample_weight=weight, backend=backend,
-        )  # fmt: skip
+        given: dict[str, Any] = dict(zip(names, tensors[count:], strict=True))
+        given |= drawn.ours(tensors[:count]) | {"sample_weight": weight, "backend": backend}
+        return fastvae.elbo_loss(**given, beta=beta, reduction=reduction)
 
     def plain(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         parts = zip(plain_latent(*tensors[count:]), drawn.exact(*tensors[:count]), strict=True)
@@ -1117,7 +1114,7 @@ def test_generated_mistakes_in_latents(data: Any, backend: str) -> None:
     draw, backend = data.draw, require(backend)
     shape = draw_shape(draw, 300)
     tensors = [draw_plain(draw, draw_mistake(draw, shape), FLOATS[1:2]) for _ in range(2)]
-    prior = None
+    prior: Any = None
     valid = tensors[0].shape == tensors[1].shape and tensors[0].dim() > 0
     if draw(st.booleans()):
         sizes = [draw_mistake(draw, draw_broadcast(draw, shape)) for _ in range(2)]
@@ -1166,5 +1163,5 @@ def test_generated_mistakes_in_a_loss(data: Any, backend: str) -> None:
         loss = kl.double() - (ll.mean(0) if ll.dim() == 2 else ll)
         return loss if weight is None else loss * weight.double()
 
-    given = {"kl": kl, "mask": mask, "sample_weight": weight, "reduction": "none"}
+    given: dict[str, Any] = {"kl": kl, "mask": mask, "sample_weight": weight, "reduction": "none"}
     answer_or_error(valid, lambda: fastvae.elbo_loss(logits, x, **given, backend=backend), exact)

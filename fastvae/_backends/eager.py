@@ -148,6 +148,7 @@ def elbo(
     kl = kl.to(torch.promote_types(kl.dtype, ll.dtype))
     parts = (beta * kl - ll, ll.detach(), kl.detach())
     if weight is not None:
+        weight = weight.to(parts[0].dtype)
         parts = (parts[0] * weight, parts[1] * weight, parts[2] * weight)
     if reduction != "none":
         count = max(x.shape[0], 1) if reduction == "mean" else 1

@@ -25,6 +25,8 @@ def get(likelihood: str | Likelihood) -> Likelihood:
         TypeError: neither a name nor a Likelihood.
     """
     if isinstance(likelihood, Likelihood):
+        if not hasattr(likelihood, "family"):
+            raise TypeError("likelihood must be one of the families, got the bare base class")
         return likelihood
     if not isinstance(likelihood, str):
         raise TypeError(

@@ -1,6 +1,5 @@
 """Bernoulli likelihoods; targets anywhere in [0, 1]. Formulas: csrc/formulas/bernoulli.h."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ class BernoulliProbs(Likelihood):
         super().__init__()
         if isinstance(log_min, bool) or not isinstance(log_min, (int, float)):
             raise TypeError(f"log_min must be a number, got {type(log_min).__name__}")
-        if not (math.isfinite(log_min) and log_min < 0):
+        if not -3e38 < log_min < 0:
             raise ValueError(f"log_min must be a finite negative number, got {log_min}")
         self.log_min = float(log_min)
 

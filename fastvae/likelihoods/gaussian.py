@@ -45,23 +45,26 @@ class Gaussian(Likelihood):
             raise TypeError(
                 f"scale must be a number, got {type(scale).__name__} (logvar= takes tensors)"
             )
-        self.scale = 1.0 if scale is None else float(scale)
-        if not 1e-18 <= self.scale <= 1e18:  # 1 / scale² must be a float32
+        if scale is not None and not 1e-18 <= scale <= 1e18:  # 1 / scale² must be a float32
             raise ValueError(f"scale must be in [1e-18, 1e18], got {scale}")
+        self.scale = 1.0 if scale is None else float(scale)
         self.normalized = normalized
         self.family = "gaussian" if logvar is None else "gaussian_logvar"
-        self.param_names = ("mean", "logvar") if logvar == "per_element" else ("mean",)
-        self.logvar: Tensor | None
-        if logvar == "learned":
-            self.logvar = nn.Parameter(torch.zeros(()))
-        elif isinstance(logvar, nn.Parameter) or not isinstance(logvar, Tensor):
-            if not (logvar is None or logvar == "per_element" or isinstance(logvar, Tensor)):
-                raise ValueError(
-                    f"logvar must be a tensor, 'learned' or 'per_element', got {logvar!r}"
-                )
-            self.logvar = logvar if isinstance(logvar, Tensor) else None
-        else:
+        self.param_names = ("mean",)
+        self.logvar: Tensor | None = None
+        if isinstance(logvar, nn.Parameter):
+            self.logvar = logvar
+        elif isinstance(logvar, Tensor):
+            del self.logvar
             self.register_buffer("logvar", logvar)
+        elif logvar is not None and not isinstance(logvar, str):
+            raise TypeError(f"logvar must be a tensor or a name, got {type(logvar).__name__}")
+        elif logvar == "learned":
+            self.logvar = nn.Parameter(torch.zeros(()))
+        elif logvar == "per_element":
+            self.param_names = ("mean", "logvar")
+        elif logvar is not None:
+            raise ValueError(f"logvar must be 'learned', 'per_element' or a tensor, got {logvar!r}")
         if self.logvar is not None:
             if not self.logvar.is_floating_point():
                 raise TypeError(f"logvar must be a floating tensor, got {self.logvar.dtype}")
