@@ -13,8 +13,13 @@ bool needs_composite(at::TensorList inputs) {
       return true;
     }
   }
+  // is_grads_batched= wraps the upstream gradients alone.
+  constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::FuncTorchBatched,
+                                         c10::DispatchKey::Batched,
+                                         c10::DispatchKey::FuncTorchGradWrapper});
   for (const Tensor& t : inputs)
-    if (t.defined() && t._fw_grad(/*level=*/0).defined()) return true;
+    if (t.defined() && (t._fw_grad(/*level=*/0).defined() || t.key_set().has_any(wrapped)))
+      return true;
   return false;
 }
 

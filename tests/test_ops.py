@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
-from torch.autograd import gradgradcheck
+from torch.autograd import forward_ad, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.library import opcheck
 
@@ -201,3 +202,74 @@ def double(*shape: int) -> Tensor:
 def test_gradgradcheck(function: Callable[[Tensor, Tensor], Any]) -> None:
     torch.manual_seed(0)
     assert gradgradcheck(function, (double(3, 4), double(3, 4)))
+
+
+def loss_of(z: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    x, logits, mu = torch.rand(3, 4), torch.randn(3, 4), torch.randn(3, 2)
+    return fastvae.elbo_loss(logits + z, x, mu + z[:, :2], mu)
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0])
+def test_a_tangent_of_the_upstream_gradient_is_not_lost(value: float) -> None:
+    """Forward over reverse; 1.0 is the value for which the saved gradient is returned as it is."""
+    z = torch.zeros(3, 4, requires_grad=True)
+    (plain,) = torch.autograd.grad(loss_of(z), z)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.tensor(value), torch.tensor(5.0))
+        (dual,) = torch.autograd.grad(loss_of(z), z, upstream)
+        primal, tangent = forward_ad.unpack_dual(dual)
+    assert tangent is not None
+    torch.testing.assert_close(primal, value * plain)
+    torch.testing.assert_close(tangent, 5.0 * plain)
+
+
+def test_batched_upstream_gradients() -> None:
+    z = torch.zeros(3, 4, requires_grad=True)
+    (plain,) = torch.autograd.grad(loss_of(z), z)
+    scales = torch.tensor([1.0, 2.0, -3.0])
+    (got,) = torch.autograd.grad(loss_of(z), z, scales, is_grads_batched=True)
+    torch.testing.assert_close(got, scales[:, None, None] * plain)
+
+
+def test_functorch_keeps_the_gradient_of_saturated_probabilities() -> None:
+    x, p = torch.tensor([[1.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 1.0, 1e-13, 0.5]])
+
+    def value(p: Tensor) -> Tensor:
+        return fastvae.log_likelihood(x, p, "bernoulli_probs").sum()
+
+    leaf = p.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(value(leaf), leaf)
+    torch.testing.assert_close(grad(value)(p), expected)
+
+
+def test_a_gradient_that_a_saved_tensor_hook_holds_is_left_alone() -> None:
+    held: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        held.append(t)
+        return t
+
+    logits = leaf(3, 4)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = fastvae.elbo_loss(logits, torch.rand(3, 4), kl=torch.rand(3))
+    before = [t.clone() for t in held]
+    (3 * loss).backward()
+    assert len(held) >= 3
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
+
+
+def test_annealing_beta_does_not_compile_again() -> None:
+    criterion = fastvae.ELBOLoss()
+
+    def step(logits: Tensor, x: Tensor, kl: Tensor) -> Tensor:
+        return criterion(logits, x, kl=kl)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    logits, x, kl = leaf(3, 4), torch.rand(3, 4), torch.rand(3)
+    for i in range(12):
+        criterion.beta = 0.1 * i
+        torch.testing.assert_close(compiled(logits, x, kl), step(logits, x, kl))
+    assert counter.frame_count <= 3
