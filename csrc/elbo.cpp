@@ -96,20 +96,23 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce(const Tensor& log_likelihood, con
   return op.call(log_likelihood, kl, weight, beta, reduction);
 }
 
+// The parts leave through `parts`: a Function with outputs marked as not differentiable is one that
+// compiled autograd refuses.
 struct Elbo : torch::autograd::Function<Elbo> {
-  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const Tensor& kl,
-                               const Call& call, double beta, const std::string& reduction) {
+  static Tensor forward(AutogradContext* ctx, at::TensorList inputs, const Tensor& kl,
+                        const Call& call, double beta, const std::string& reduction,
+                        std::pair<Tensor, Tensor>* parts) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor value = forward_and_save(ctx, inputs, call);
     auto [loss, ll, kl_out] = elbo_reduce(value, kl, call.weight, beta, reduction);
-    ctx->mark_non_differentiable({ll, kl_out});
+    *parts = {ll, kl_out};
     ctx->saved_data["kl_type"] = static_cast<int64_t>(kl.scalar_type());
-    return {loss, ll, kl_out};
+    return loss;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     const Saved saved = load_saved(ctx);
     const size_t count = saved.inputs.size();
-    variable_list grads(count + 4);
+    variable_list grads(count + 5);
     if (!upstream[0].defined()) return grads;
     if (ctx->needs_input_grad(count)) {
       const auto type = static_cast<at::ScalarType>(ctx->saved_data["kl_type"].toInt());
@@ -154,8 +157,10 @@ Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
   call.weight = weight;
   call.scale = -c / static_cast<double>(samples);
   call.kl_scale = c * beta;
-  auto out = Elbo::apply(at::TensorList(inputs), kl, call, beta, std::string(reduction));
-  return {out[0], out[1], out[2]};
+  std::pair<Tensor, Tensor> parts;
+  const Tensor loss =
+      Elbo::apply(at::TensorList(inputs), kl, call, beta, std::string(reduction), &parts);
+  return {loss, parts.first, parts.second};
 }
 
 Terms elbo_cpu(const Tensor& x, at::TensorList params, const Tensor& kl, c10::string_view family,

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.library import opcheck
@@ -257,6 +258,22 @@ def test_a_gradient_that_a_saved_tensor_hook_holds_is_left_alone() -> None:
     (3 * loss).backward()
     assert len(held) >= 3
     assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
+
+
+def test_compiled_autograd() -> None:
+    logits, mu, logvar, x = leaf(3, 4), leaf(3, 2), leaf(3, 2), torch.rand(3, 4)
+
+    def gradients() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        z, kl = fastvae.rsample_kl(mu, logvar)
+        (fastvae.elbo_loss(logits, x, kl=kl) + z.sum()).backward()
+        grads = tuple(t.grad for t in (logits, mu, logvar))
+        logits.grad = mu.grad = logvar.grad = None
+        return grads
+
+    expected = gradients()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        torch.testing.assert_close(gradients(), expected)
 
 
 def test_annealing_beta_does_not_compile_again() -> None:
