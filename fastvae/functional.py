@@ -215,8 +215,7 @@ def elbo_terms(
         the last two are detached, for logging.
     """
     family = likelihoods.get(likelihood)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    check_reduction(reduction)
     check_beta(beta)
     params = _check_recon(x, recon, family)
     mask = _check_mask(mask, x)
@@ -243,6 +242,12 @@ def elbo_terms(
 
 
 # --- validation: once, here ---
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises unless reduction is a known name."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
 
 
 def check_beta(beta: float) -> None:

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from fastvae import likelihoods
-from fastvae._backends import Prior, Terms
-from fastvae.functional import Recon, check_beta, elbo_terms
+from fastvae._backends import Prior, Terms, check_backend
+from fastvae.functional import Recon, check_beta, check_reduction, elbo_terms
 from fastvae.likelihoods import Likelihood
 
 
@@ -32,11 +32,9 @@ class ELBOLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be one of mean, sum, none, got {reduction!r}")
+        check_reduction(reduction)
         check_beta(beta)
-        if backend not in ("auto", "cpp", "triton", "eager"):
-            raise ValueError(f"backend must be one of auto, cpp, triton, eager, got {backend!r}")
+        check_backend(backend)
         self.likelihood = likelihoods.get(likelihood)
         self.beta = beta
         self.reduction = reduction

@@ -7,8 +7,9 @@ import torch
 from fastvae._backends import cpp, eager
 from fastvae._backends._common import Backend, Ops, Prior, Terms
 
-__all__ = ["Backend", "Ops", "Prior", "Terms", "backends", "select"]
+__all__ = ["Backend", "Ops", "Prior", "Terms", "backends", "check_backend", "select"]
 
+_NAMES = ("auto", "cpp", "triton", "eager")
 _TRITON = Backend(False, "the Triton kernels are not part of this version; CUDA tensors use eager")
 _CPP, _EAGER = cast(Ops, cpp), cast(Ops, eager)
 
@@ -42,4 +43,11 @@ def select(backend: str, device: torch.device) -> Ops:
         return _CPP
     if backend == "triton":
         raise ValueError(f"backend 'triton' is not available: {_TRITON.detail}")
-    raise ValueError(f"backend must be one of auto, cpp, triton, eager, got {backend!r}")
+    check_backend(backend)
+    raise AssertionError(f"no branch for backend {backend!r}")
+
+
+def check_backend(backend: str) -> None:
+    """Raises unless backend is a known name, whether or not it can serve here."""
+    if backend not in _NAMES:
+        raise ValueError(f"backend must be one of {', '.join(_NAMES)}, got {backend!r}")
