@@ -83,7 +83,7 @@ def extension() -> dict:
                 )
             super().build_extension(ext)
 
-    sources = ["ops", "common", "rowwise", "rsample", "kl_divergence", "log_likelihood", "elbo"]
+    sources = ["ops", "common", "rowwise", "rsample", "kl_divergence", "log_likelihood", "elbo", "triton"]
     sources += ["cpu/dispatch"]
     module = CppExtension(
         "fastvae._C",

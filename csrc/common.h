@@ -24,9 +24,9 @@ bool needs_composite(at::TensorList inputs);
 // The same for a backward: also where a graph of the gradients is wanted (double backward).
 bool needs_composite_backward(at::TensorList upstream, at::TensorList inputs);
 
-// Ordinary eager execution on the CPU: reading a value back costs nothing and breaks no trace.
-inline bool is_plain_cpu(const Tensor& t) {
-  return t.is_cpu() && !t.unsafeGetTensorImpl()->is_python_dispatch() &&
+// Ordinary eager execution: no trace is broken by what depends on values.
+inline bool is_plain(const Tensor& t) {
+  return !t.unsafeGetTensorImpl()->is_python_dispatch() &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
@@ -36,8 +36,7 @@ inline bool any_requires_grad(at::TensorList tensors) {
   return false;
 }
 
-// An operator through the dispatcher: on CPU tensors a call, under tracing a node, elsewhere
-// another backend's implementation.
+// An operator through the dispatcher: ordinarily a call, under tracing a node.
 template <class Fn>
 auto typed_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Fn>();
@@ -53,8 +52,9 @@ DType dtype_of(const Tensor& t);
 
 // --- checks: what memory safety needs; functional.py explains the rest to the user ---
 
-inline void check_cpu(const Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.is_cpu(), name, " must be a CPU tensor here, got ", t.device());
+inline void check_device(const Tensor& t, const char* name, const Tensor& like) {
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, " must be on ", like.device(), ", got ",
+                    t.device());
 }
 
 inline void check_dense(const Tensor& t, const char* name) {
@@ -82,6 +82,12 @@ struct RowOperand {
   Tensor storage;
   Operand operand;
 };
+
+// The operand as a view [period, cols]; a column stride of 0 repeats one element.
+inline Tensor matrix(const RowOperand& r, int64_t cols) {
+  const Operand& o = r.operand;
+  return r.storage.as_strided({o.period, cols}, {o.row_stride, o.per_row ? 0 : 1});
+}
 
 // `t` with its first `lead` dimensions as rows, the rest as columns. No copy where the columns are
 // contiguous or one repeated element.

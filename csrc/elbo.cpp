@@ -1,5 +1,6 @@
-// elbo: the loss from log-likelihood and KL; CPU implementation, autograd, routing.
+// elbo: the loss from log-likelihood and KL; implementation, autograd, routing.
 #include "ops.h"
+#include "triton.h"
 
 namespace fastvae {
 namespace {
@@ -28,20 +29,37 @@ void with_values(const Tensor& t, Fn&& fn) {
 }
 
 // (loss, log-likelihood, kl), each Σ_b c w_b (…)_b, or per sample for "none"; K is averaged over.
-std::tuple<Tensor, Tensor, Tensor> elbo_reduce_cpu(const Tensor& log_likelihood, const Tensor& kl,
-                                                   const OptTensor& weight, double beta,
-                                                   c10::string_view reduction_name) {
+std::tuple<Tensor, Tensor, Tensor> elbo_reduce_fused(const Tensor& log_likelihood, const Tensor& kl,
+                                                     const OptTensor& weight, double beta,
+                                                     c10::string_view reduction_name) {
   const Reduction reduction = parse_reduction(reduction_name);
-  check_cpu(log_likelihood, "log_likelihood");
-  check_cpu(kl, "kl");
+  check_device(log_likelihood, "log_likelihood", kl);
   check_floating(log_likelihood, "log_likelihood");
   check_floating(kl, "kl");
   TORCH_CHECK_VALUE(kl.dim() == 1 && log_likelihood.dim() >= 1 && log_likelihood.dim() <= 2 &&
                         log_likelihood.sizes().back() == kl.size(0),
                     "kl must have one value per sample, got kl ", kl.sizes(),
                     " and log_likelihood ", log_likelihood.sizes());
+  if (weight) {
+    check_device(*weight, "weight", kl);
+    check_floating(*weight, "weight");
+    check_same_shape(*weight, "weight", kl, "kl");
+  }
   const int64_t batch = kl.size(0),
                 samples = log_likelihood.dim() == 2 ? log_likelihood.size(0) : 1;
+  const auto type =
+      at::promote_types(compute_type(log_likelihood.scalar_type()), compute_type(kl.scalar_type()));
+  const auto options = log_likelihood.options().dtype(type);
+  const bool none = reduction == Reduction::none;
+  auto make = [&] { return none ? at::empty({batch}, options) : at::zeros({}, options); };
+  const std::tuple<Tensor, Tensor, Tensor> out{make(), make(), make()};
+  if (triton::serves(kl)) {
+    triton::elbo_reduce(log_likelihood.contiguous(), kl.contiguous(),
+                        weight ? OptTensor(weight->contiguous()) : weight, beta,
+                        row_scale(reduction, batch), std::get<0>(out), std::get<1>(out),
+                        std::get<2>(out));
+    return out;
+  }
   std::vector<double> ll_row(batch, 0.0), kl_row(batch), w(batch, row_scale(reduction, batch));
   with_values(log_likelihood.contiguous(), [&](const auto* p) {
     for (int64_t k = 0; k < samples; ++k)
@@ -52,20 +70,10 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce_cpu(const Tensor& log_likelihood,
     for (int64_t b = 0; b < batch; ++b) kl_row[b] = static_cast<double>(p[b]);
   });
   if (weight) {
-    check_cpu(*weight, "weight");
-    check_floating(*weight, "weight");
-    check_same_shape(*weight, "weight", kl, "kl");
     with_values(weight->contiguous(), [&](const auto* p) {
       for (int64_t b = 0; b < batch; ++b) w[b] *= static_cast<double>(p[b]);
     });
   }
-  const auto type =
-      at::promote_types(compute_type(log_likelihood.scalar_type()), compute_type(kl.scalar_type()));
-  const auto options = log_likelihood.options().dtype(type);
-  const bool none = reduction == Reduction::none;
-  std::tuple<Tensor, Tensor, Tensor> out;
-  auto make = [&] { return none ? at::empty({batch}, options) : at::zeros({}, options); };
-  out = {make(), make(), make()};
   AT_DISPATCH_FLOATING_TYPES(type, "fastvae_elbo", [&] {
     auto* loss_out = std::get<0>(out).mutable_data_ptr<scalar_t>();
     auto* ll_out = std::get<1>(out).mutable_data_ptr<scalar_t>();
@@ -92,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce_cpu(const Tensor& log_likelihood,
 std::tuple<Tensor, Tensor, Tensor> elbo_reduce(const Tensor& log_likelihood, const Tensor& kl,
                                                const OptTensor& weight, double beta,
                                                c10::string_view reduction) {
-  static const auto op = typed_op<decltype(elbo_reduce_cpu)>("fastvae::elbo_reduce");
+  static const auto op = typed_op<decltype(elbo_reduce_fused)>("fastvae::elbo_reduce");
   return op.call(log_likelihood, kl, weight, beta, reduction);
 }
 
@@ -110,6 +118,7 @@ struct Elbo : torch::autograd::Function<Elbo> {
     return loss;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const triton::Interpret where(triton::remembered(ctx));
     const Saved saved = load_saved(ctx);
     const size_t count = saved.inputs.size();
     variable_list grads(count + 5);
@@ -163,19 +172,22 @@ Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
   return {loss, parts.first, parts.second};
 }
 
-Terms elbo_cpu(const Tensor& x, at::TensorList params, const Tensor& kl, c10::string_view family,
-               at::ArrayRef<double> options, const OptTensor& mask, const OptTensor& weight,
-               double beta, c10::string_view reduction) {
-  return elbo_reduce(log_likelihood_cpu(x, params, family, options, mask), kl, weight, beta,
+Terms elbo_fused(const Tensor& x, at::TensorList params, const Tensor& kl, c10::string_view family,
+                 at::ArrayRef<double> options, const OptTensor& mask, const OptTensor& weight,
+                 double beta, c10::string_view reduction) {
+  return elbo_reduce(log_likelihood_fused(x, params, family, options, mask), kl, weight, beta,
                      reduction);
+}
+
+void implementations(torch::Library& m) {
+  m.impl("elbo_reduce", elbo_reduce_fused);
+  m.impl("elbo", elbo_fused);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
-  m.impl("elbo_reduce", elbo_reduce_cpu);
-  m.impl("elbo", elbo_cpu);
-}
+TORCH_LIBRARY_IMPL(fastvae, CPU, m) { implementations(m); }
+TORCH_LIBRARY_IMPL(fastvae, CUDA, m) { implementations(m); }
 
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) { m.impl("elbo", elbo_autograd); }
 

@@ -1,8 +1,9 @@
-// kl_divergence: CPU implementation, autograd, routing. Its backward computes it again; nothing but
+// kl_divergence: implementation, autograd, routing. Its backward computes it again; nothing but
 // the inputs is saved.
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "ops.h"
+#include "triton.h"
 
 namespace fastvae {
 namespace {
@@ -21,23 +22,24 @@ std::vector<Tensor> kl_inputs(const Tensor& mu, const Tensor& logvar, const OptT
   return inputs;
 }
 
-Tensor kl_divergence_cpu(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
-                         const OptTensor& prior_logvar) {
+Tensor kl_divergence_fused(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
+                           const OptTensor& prior_logvar) {
   const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
-  return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, {}, 1.0, {}).value;
+  return rowwise(kl_spec(inputs.size()), inputs, {}, {}, 1.0, {}).value;
 }
 
-std::vector<Tensor> kl_divergence_backward_cpu(const Tensor& grad, const Tensor& mu,
-                                               const Tensor& logvar, const OptTensor& prior_mu,
-                                               const OptTensor& prior_logvar,
-                                               std::array<bool, max_inputs> needs) {
+std::vector<Tensor> kl_divergence_backward_fused(const Tensor& grad, const Tensor& mu,
+                                                 const Tensor& logvar, const OptTensor& prior_mu,
+                                                 const OptTensor& prior_logvar,
+                                                 std::array<bool, max_inputs> needs) {
   const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
+  check_device(grad, "grad", mu);
   check_dense(grad, "grad");
   check_floating(grad, "grad");
   TORCH_CHECK_VALUE(grad.sizes() == mu.sizes().slice(0, 1), "grad must have shape [", mu.size(0),
                     "], got ", grad.sizes());
   const Needs list(needs.begin(), needs.begin() + inputs.size());
-  return rowwise_cpu(kl_spec(inputs.size()), inputs, {}, grad, 1.0, list).grads;
+  return rowwise(kl_spec(inputs.size()), inputs, {}, grad, 1.0, list).grads;
 }
 
 }  // namespace
@@ -53,12 +55,14 @@ namespace {
 struct KLDivergence : torch::autograd::Function<KLDivergence> {
   static Tensor forward(AutogradContext* ctx, at::TensorList inputs) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    triton::remember(ctx);
     ctx->save_for_backward(variable_list(inputs.begin(), inputs.end()));
-    static const auto op = typed_op<decltype(kl_divergence_cpu)>("fastvae::kl_divergence");
+    static const auto op = typed_op<decltype(kl_divergence_fused)>("fastvae::kl_divergence");
     return inputs.size() == 2 ? op.call(inputs[0], inputs[1], {}, {})
                               : op.call(inputs[0], inputs[1], inputs[2], inputs[3]);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const triton::Interpret where(triton::remembered(ctx));
     const auto inputs = ctx->get_saved_variables();
     const size_t count = inputs.size();
     variable_list out(count);
@@ -71,7 +75,7 @@ struct KLDivergence : torch::autograd::Function<KLDivergence> {
     } else {
       at::AutoDispatchBelowAutograd guard;
       static const auto op =
-          typed_op<decltype(kl_divergence_backward_cpu)>("fastvae::kl_divergence_backward");
+          typed_op<decltype(kl_divergence_backward_fused)>("fastvae::kl_divergence_backward");
       std::array<bool, max_inputs> flags{};
       std::copy(needs.begin(), needs.end(), flags.begin());
       const bool prior = count == 4;
@@ -92,12 +96,15 @@ Tensor kl_divergence_autograd(const Tensor& mu, const Tensor& logvar, const OptT
   return KLDivergence::apply(at::TensorList(inputs));
 }
 
+void implementations(torch::Library& m) {
+  m.impl("kl_divergence", kl_divergence_fused);
+  m.impl("kl_divergence_backward", kl_divergence_backward_fused);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
-  m.impl("kl_divergence", kl_divergence_cpu);
-  m.impl("kl_divergence_backward", kl_divergence_backward_cpu);
-}
+TORCH_LIBRARY_IMPL(fastvae, CPU, m) { implementations(m); }
+TORCH_LIBRARY_IMPL(fastvae, CUDA, m) { implementations(m); }
 
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) { m.impl("kl_divergence", kl_divergence_autograd); }
 

@@ -1,7 +1,8 @@
-// log_likelihood: CPU implementation, autograd, routing; elbo builds on it.
+// log_likelihood: implementation, autograd, routing; elbo builds on it.
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "ops.h"
+#include "triton.h"
 
 namespace fastvae {
 namespace {
@@ -9,14 +10,14 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-std::tuple<Tensor, std::vector<Tensor>> log_likelihood_forward_cpu(
+std::tuple<Tensor, std::vector<Tensor>> log_likelihood_forward_fused(
     const Tensor& x, at::TensorList params, c10::string_view family, at::ArrayRef<double> options,
     const OptTensor& mask, const OptTensor& weight, double scale,
     std::array<bool, max_inputs> needs) {
   const Spec spec = make_spec(family, options, params.size() + 1);
   const std::vector<Tensor> inputs = with_x(x, params);
   const Needs list(needs.begin(), needs.begin() + inputs.size());
-  auto r = rowwise_cpu(spec, inputs, mask, weight, scale, list);
+  auto r = rowwise(spec, inputs, mask, weight, scale, list);
   return {std::move(r.value), std::move(r.grads)};
 }
 
@@ -25,7 +26,7 @@ std::tuple<Tensor, std::vector<Tensor>> log_likelihood_forward(
     const OptTensor& mask, const OptTensor& weight, double scale,
     std::array<bool, max_inputs> needs) {
   static const auto op =
-      typed_op<decltype(log_likelihood_forward_cpu)>("fastvae::log_likelihood_forward");
+      typed_op<decltype(log_likelihood_forward_fused)>("fastvae::log_likelihood_forward");
   return op.call(x, params, family, options, mask, weight, scale, needs);
 }
 
@@ -57,6 +58,7 @@ Call make_call(at::TensorList inputs, c10::string_view family, at::ArrayRef<doub
 Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call& call) {
   auto [value, grads] =
       run_forward(call, inputs, call.weight, call.scale, call.recompute ? Needs{} : call.needs);
+  triton::remember(ctx);
   variable_list saved(inputs.begin(), inputs.end());
   saved.push_back(call.mask.value_or(Tensor()));
   saved.push_back(call.weight.value_or(Tensor()));
@@ -106,6 +108,15 @@ bool only_ours(const Tensor& grad) {
          grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() == nullptr;
 }
 
+// grad *= upstream (which broadcasts to [rows...]) in place, by the Triton kernel.
+const Tensor& scale_rows(const Tensor& grad, const Tensor& upstream, int64_t event) {
+  const auto rows = grad.sizes().slice(0, grad.dim() - event);
+  const int64_t count = product(rows);
+  if (grad.numel() > 0)
+    triton::scale_grad(grad.view({count, grad.numel() / count}), upstream.expand(rows).flatten());
+  return grad;
+}
+
 }  // namespace
 
 variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
@@ -122,14 +133,18 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
     if (factor.dim() == 0) factor = factor.expand({saved.inputs[0].size(0)});
     grads = std::get<1>(run_forward(call, saved.inputs, factor, 1.0, call.needs));
   } else {
-    const bool plain = is_plain_cpu(upstream);
-    const bool one = plain && upstream.dim() == 0 && upstream.item<double>() == 1.0;
-    const Tensor factor = unsqueeze_event(upstream, saved.inputs[0].dim() - 1);
+    const bool plain = is_plain(upstream), gpu = triton::serves(upstream);
+    // On a GPU the kernel looks whether the factor is one: the host would have to wait for it.
+    const bool one = plain && !gpu && upstream.dim() == 0 && upstream.item<double>() == 1.0;
+    const int64_t event = saved.inputs[0].dim() - 1;
+    const Tensor factor = unsqueeze_event(upstream, event);
     for (const Tensor& grad : saved.grads) {
-      if (plain && only_ours(grad))
-        grads.push_back(one ? grad : grad.mul_(factor));
-      else
+      if (!plain || !only_ours(grad))
         grads.push_back((grad * factor).to(grad.scalar_type()));
+      else if (gpu)
+        grads.push_back(scale_rows(grad, upstream, event));
+      else
+        grads.push_back(one ? grad : grad.mul_(factor));
     }
   }
   for (size_t j = 0, k = 0; j < count; ++j)
@@ -145,6 +160,7 @@ struct LogLikelihood : torch::autograd::Function<LogLikelihood> {
     return forward_and_save(ctx, inputs, call);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const triton::Interpret where(triton::remembered(ctx));
     const Saved saved = load_saved(ctx);
     variable_list grads(saved.inputs.size() + 1);
     if (!upstream[0].defined()) return grads;
@@ -161,8 +177,8 @@ Tensor log_likelihood_composite(const Tensor& x, at::TensorList params, c10::str
   return rowwise_composite(make_spec(family, options, params.size() + 1), with_x(x, params), mask);
 }
 
-Tensor log_likelihood_cpu(const Tensor& x, at::TensorList params, c10::string_view family,
-                          at::ArrayRef<double> options, const OptTensor& mask) {
+Tensor log_likelihood_fused(const Tensor& x, at::TensorList params, c10::string_view family,
+                            at::ArrayRef<double> options, const OptTensor& mask) {
   return std::get<0>(log_likelihood_forward(x, params, family, options, mask, {}, 1.0, {}));
 }
 
@@ -175,12 +191,15 @@ Tensor log_likelihood_autograd(const Tensor& x, at::TensorList params, c10::stri
   return LogLikelihood::apply(at::TensorList(inputs), make_call(inputs, family, options, mask));
 }
 
+void implementations(torch::Library& m) {
+  m.impl("log_likelihood_forward", log_likelihood_forward_fused);
+  m.impl("log_likelihood", log_likelihood_fused);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
-  m.impl("log_likelihood_forward", log_likelihood_forward_cpu);
-  m.impl("log_likelihood", log_likelihood_cpu);
-}
+TORCH_LIBRARY_IMPL(fastvae, CPU, m) { implementations(m); }
+TORCH_LIBRARY_IMPL(fastvae, CUDA, m) { implementations(m); }
 
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) { m.impl("log_likelihood", log_likelihood_autograd); }
 

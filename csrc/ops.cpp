@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "rowwise.h"
+#include "triton.h"
 
 TORCH_LIBRARY(fastvae, m) {
   // Dimension 0 is the batch. `needs` says which gradients to make: [x, parameters...] or
@@ -57,6 +58,8 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   m.def("likelihoods", &fastvae::likelihood_names);
+  m.def("interpret", &fastvae::triton::set_interpreting, py::arg("on"),
+        "Whether this thread's CPU tensors go to Triton's interpreter; returns what was before.");
   m.def(
       "philox",
       [](const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {

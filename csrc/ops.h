@@ -60,7 +60,7 @@ inline std::vector<Tensor> with_x(const Tensor& x, at::TensorList params) {
 Tensor log_likelihood_composite(const Tensor& x, at::TensorList params, c10::string_view family,
                                 at::ArrayRef<double> options, const OptTensor& mask);
 
-Tensor log_likelihood_cpu(const Tensor& x, at::TensorList params, c10::string_view family,
-                          at::ArrayRef<double> options, const OptTensor& mask);
+Tensor log_likelihood_fused(const Tensor& x, at::TensorList params, c10::string_view family,
+                            at::ArrayRef<double> options, const OptTensor& mask);
 
 }  // namespace fastvae

@@ -5,6 +5,7 @@
 #include "aten_math.h"
 
 #include "formulas/all.h"
+#include "triton.h"
 
 namespace fastvae {
 
@@ -32,6 +33,10 @@ Spec make_spec(c10::string_view family, at::ArrayRef<double> options, size_t inp
 }
 
 namespace {
+
+const char* formula_name(Family family) {
+  return with_formula(family, [](auto f) { return decltype(f)::name; });
+}
 
 void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                   const OptTensor& weight) {
@@ -76,13 +81,13 @@ void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask
   });
 }
 
-void check_cpu(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
-               const OptTensor& weight) {
+void check_devices(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
+                   const OptTensor& weight) {
   with_formula(spec.family, [&](auto f) {
     using F = decltype(f);
-    for (int j = 0; j < F::inputs; ++j) fastvae::check_cpu(inputs[j], F::input_names[j]);
-    if (mask) fastvae::check_cpu(*mask, "mask");
-    if (weight) fastvae::check_cpu(*weight, "weight");
+    for (int j = 0; j < F::inputs; ++j) check_device(inputs[j], F::input_names[j], inputs[1]);
+    if (mask) check_device(*mask, "mask", inputs[1]);
+    if (weight) check_device(*weight, "weight", inputs[1]);
   });
 }
 
@@ -113,9 +118,9 @@ std::string shortest(double v) {
 
 }  // namespace
 
-RowwiseResult rowwise_cpu(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
-                          const OptTensor& weight, double scale, const Needs& needs) {
-  check_cpu(spec, inputs, mask, weight);
+RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
+                      const OptTensor& weight, double scale, const Needs& needs) {
+  check_devices(spec, inputs, mask, weight);
   check_inputs(spec, inputs, mask, weight);
   const Tensor &x = inputs[0], &full = inputs[1];
   const int64_t event = x.dim() - 1, lead = full.dim() - event;
@@ -154,6 +159,25 @@ RowwiseResult rowwise_cpu(const Spec& spec, at::TensorList inputs, const OptTens
       a.grad[j] = {result.grads.back().mutable_data_ptr(), dtype_of(inputs[j])};
     }
   }
+  result.value = at::empty(row_sizes, full.options().dtype(compute));
+  if (triton::serves(full)) {
+    if (a.rows == 0) return result;
+    Needs wanted = needs;
+    wanted.resize(inputs.size());
+    std::vector<Tensor> views, grads;
+    for (size_t j = 0; j < inputs.size(); ++j) views.push_back(matrix(operands[j], a.cols));
+    for (size_t j = 0, k = 0; j < needs.size(); ++j) {
+      if (!needs[j]) continue;
+      const Tensor& grad = result.grads[k++];
+      grads.push_back(a.sum_grad[j] ? grad.view({a.rows}) : grad.view({a.rows, a.cols}));
+    }
+    const auto mask_view = mask ? OptTensor(matrix(mask_rows, a.cols).view(at::kByte)) : mask;
+    const auto weight_view = weight ? OptTensor(matrix(weight_rows, 1)) : weight;
+    triton::rowwise(formula_name(spec.family), views, mask_view, weight_view, spec.options, scale,
+                    x.size(0), result.value.view({a.rows}), grads, wanted);
+    return result;
+  }
+
   const int64_t per_row = chunks(a.cols), width = 1 + max_inputs;
   const Tensor sums = at::empty({a.rows * per_row, width}, at::kDouble);
   unsigned outside = 0;
@@ -173,7 +197,6 @@ RowwiseResult rowwise_cpu(const Spec& spec, at::TensorList inputs, const OptTens
       }
     });
   };
-  result.value = at::empty(row_sizes, full.options().dtype(compute));
   column(0, result.value);
   for (size_t j = 0, k = 0; j < needs.size(); ++j) {
     if (!needs[j]) continue;

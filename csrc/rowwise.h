@@ -1,4 +1,4 @@
-// Row formulas on tensors: the fused CPU kernel, and the same formula as a composite of ATen ops.
+// Row formulas on tensors: the fused kernel, and the same formula as a composite of ATen ops.
 #pragma once
 
 #include "common.h"
@@ -25,8 +25,8 @@ struct RowwiseResult {
 // inputs[0] is [B, *event]; inputs[1] has the full shape, [B, *event] or [K, B, *event]; later ones
 // have that or are constant along each row. Gradients are multiplied by
 // scale · weight, the latter [B] or [rows...].
-RowwiseResult rowwise_cpu(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
-                          const OptTensor& weight, double scale, const Needs& needs);
+RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
+                      const OptTensor& weight, double scale, const Needs& needs);
 
 // The value, differentiable to any order.
 Tensor rowwise_composite(const Spec& spec, at::TensorList inputs, const OptTensor& mask);

@@ -1,5 +1,4 @@
-// rsample and rsample_kl, with the seed and the noise they use: CPU implementations, autograd,
-// routing.
+// rsample and rsample_kl, with the seed and the noise they use: implementations, autograd, routing.
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -10,6 +9,7 @@
 #include "aten_math.h"
 #include "formulas/all.h"
 #include "ops.h"
+#include "triton.h"
 
 namespace fastvae {
 namespace {
@@ -20,22 +20,27 @@ using torch::autograd::variable_list;
 // Below autograd the KL is optional: rsample and rsample_kl are one kernel.
 using SampleResult = std::tuple<Tensor, Tensor>;
 
+constexpr int64_t seed_range = std::numeric_limits<int64_t>::max();
+
+// A tensor on the device, which no host waits for: safe in CUDA graphs.
+Tensor seed_cuda(const Tensor& like, std::optional<at::Generator> generator) {
+  return at::randint(seed_range, {1}, generator, like.options().dtype(at::kLong));
+}
+
 Tensor seed_cpu(const Tensor&, std::optional<at::Generator> generator) {
   auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(
       generator, at::detail::getDefaultCPUGenerator());
   const std::lock_guard<std::mutex> lock(g->mutex_);
   const Tensor seed = at::empty({1}, at::kLong);
   // What torch.randint(2**63 - 1, (1,)) gives, so that every route draws the same.
-  constexpr auto range = static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
-  *seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(g->random64() % range);
+  *seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(g->random64() % seed_range);
   return seed;
 }
 
 void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples,
                     int64_t sample_offset) {
-  check_cpu(mu, "mu");
-  check_cpu(logvar, "logvar");
-  check_cpu(seed, "seed");
+  check_device(logvar, "logvar", mu);
+  check_device(seed, "seed", mu);
   check_dense(mu, "mu");
   check_dense(logvar, "logvar");
   check_floating(mu, "mu");
@@ -60,14 +65,16 @@ uint64_t seed_value(const Tensor& seed) {
   return static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
 }
 
+OptTensor defined(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
+
 std::vector<int64_t> sample_sizes(const Tensor& mu, std::optional<int64_t> num_samples) {
   std::vector<int64_t> sizes = mu.sizes().vec();
   if (num_samples) sizes.insert(sizes.begin(), *num_samples);
   return sizes;
 }
 
-SampleResult sample_cpu(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                        std::optional<int64_t> num_samples, int64_t sample_offset, bool want_kl) {
+SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                          std::optional<int64_t> num_samples, int64_t sample_offset, bool want_kl) {
   check_sampling(mu, logvar, seed, num_samples.value_or(1), sample_offset);
   const auto compute = compute_type(mu.scalar_type());
   const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
@@ -75,6 +82,14 @@ SampleResult sample_cpu(const Tensor& mu, const Tensor& logvar, const Tensor& se
   SampleArgs a{};
   a.batch = mu.size(0);
   a.cols = product(mu.sizes().slice(1));
+  if (triton::serves(mu)) {
+    const Tensor kl = want_kl ? at::empty({a.batch}, mu.options().dtype(compute)) : Tensor();
+    if (a.batch > 0)
+      triton::sample_forward(matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed,
+                             num_samples.value_or(1), sample_offset,
+                             z.view({num_samples.value_or(1) * a.batch, a.cols}), defined(kl));
+    return {z, kl};
+  }
   a.num_samples = num_samples.value_or(1);
   a.sample_offset = sample_offset;
   a.use_double = compute == at::kDouble;
@@ -93,30 +108,31 @@ SampleResult sample_cpu(const Tensor& mu, const Tensor& logvar, const Tensor& se
   return {z, kl};
 }
 
-Tensor rsample_cpu(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                   std::optional<int64_t> num_samples, int64_t sample_offset) {
-  return std::get<0>(sample_cpu(mu, logvar, seed, num_samples, sample_offset, false));
+Tensor rsample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                     std::optional<int64_t> num_samples, int64_t sample_offset) {
+  return std::get<0>(sample_fused(mu, logvar, seed, num_samples, sample_offset, false));
 }
 
-SampleResult rsample_kl_cpu(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                            std::optional<int64_t> num_samples, int64_t sample_offset) {
-  return sample_cpu(mu, logvar, seed, num_samples, sample_offset, true);
+SampleResult rsample_kl_fused(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                              std::optional<int64_t> num_samples, int64_t sample_offset) {
+  return sample_fused(mu, logvar, seed, num_samples, sample_offset, true);
 }
 
 // ε alone: the sample of N(0, 1).
-Tensor noise_cpu(const Tensor& seed, at::IntArrayRef size, int64_t num_samples,
-                 int64_t sample_offset) {
+Tensor noise_fused(const Tensor& seed, at::IntArrayRef size, int64_t num_samples,
+                   int64_t sample_offset) {
   TORCH_CHECK_VALUE(!size.empty() && *std::min_element(size.begin(), size.end()) >= 0,
                     "size must be a batch and event sizes, none negative, got ", size);
-  const Tensor zero = at::zeros({1}, at::kFloat).expand({product(size)}).view(size);
-  return rsample_cpu(zero, zero, seed, num_samples, sample_offset);
+  const Tensor zero =
+      at::zeros({1}, seed.options().dtype(at::kFloat)).expand({product(size)}).view(size);
+  return rsample_fused(zero, zero, seed, num_samples, sample_offset);
 }
 
-std::tuple<Tensor, Tensor> rsample_backward_cpu(const OptTensor& grad_z, const OptTensor& grad_kl,
-                                                const Tensor& mu, const Tensor& logvar,
-                                                const Tensor& seed,
-                                                std::optional<int64_t> num_samples,
-                                                int64_t sample_offset) {
+std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const OptTensor& grad_kl,
+                                                  const Tensor& mu, const Tensor& logvar,
+                                                  const Tensor& seed,
+                                                  std::optional<int64_t> num_samples,
+                                                  int64_t sample_offset) {
   check_sampling(mu, logvar, seed, num_samples.value_or(1), sample_offset);
   SampleBackwardArgs a{};
   a.batch = mu.size(0);
@@ -124,20 +140,19 @@ std::tuple<Tensor, Tensor> rsample_backward_cpu(const OptTensor& grad_z, const O
   a.num_samples = num_samples.value_or(1);
   a.sample_offset = sample_offset;
   a.use_double = mu.scalar_type() == at::kDouble;
-  a.seed = seed_value(seed);
   const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
   a.mu = mu_rows.operand;
   a.logvar = logvar_rows.operand;
   RowOperand grad_z_rows, grad_kl_rows;
   if (grad_z) {
-    check_cpu(*grad_z, "grad_z");
+    check_device(*grad_z, "grad_z", mu);
     check_floating(*grad_z, "grad_z");
     TORCH_CHECK_VALUE(grad_z->sizes() == at::IntArrayRef(sample_sizes(mu, num_samples)),
                       "grad_z must have the shape of z, got ", grad_z->sizes());
     a.grad_z = (grad_z_rows = as_rows(*grad_z, num_samples ? 2 : 1)).operand;
   }
   if (grad_kl) {
-    check_cpu(*grad_kl, "grad_kl");
+    check_device(*grad_kl, "grad_kl", mu);
     check_floating(*grad_kl, "grad_kl");
     TORCH_CHECK_VALUE(grad_kl->dim() == 1 && grad_kl->size(0) == mu.size(0),
                       "grad_kl must have shape [", mu.size(0), "], got ", grad_kl->sizes());
@@ -145,6 +160,16 @@ std::tuple<Tensor, Tensor> rsample_backward_cpu(const OptTensor& grad_z, const O
   }
   Tensor grad_mu = at::empty(mu.sizes(), mu.options()),
          grad_logvar = at::empty(mu.sizes(), mu.options());
+  if (triton::serves(mu)) {
+    if (mu.numel() == 0) return {grad_mu, grad_logvar};
+    triton::sample_backward(grad_z ? OptTensor(matrix(grad_z_rows, a.cols)) : std::nullopt,
+                            grad_kl ? OptTensor(matrix(grad_kl_rows, 1)) : std::nullopt,
+                            matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed,
+                            a.num_samples, sample_offset, grad_mu.view({a.batch, a.cols}),
+                            grad_logvar.view({a.batch, a.cols}));
+    return {grad_mu, grad_logvar};
+  }
+  a.seed = seed_value(seed);
   a.grad_mu = {grad_mu.mutable_data_ptr(), dtype_of(grad_mu)};
   a.grad_logvar = {grad_logvar.mutable_data_ptr(), dtype_of(grad_logvar)};
   kernels().sample_backward(a);
@@ -155,7 +180,7 @@ std::tuple<Tensor, Tensor> rsample_backward_cpu(const OptTensor& grad_z, const O
 
 Tensor noise_like(const Tensor& mu, const Tensor& seed, std::optional<int64_t> num_samples,
                   int64_t offset) {
-  static const auto op = typed_op<decltype(noise_cpu)>("fastvae::noise");
+  static const auto op = typed_op<decltype(noise_fused)>("fastvae::noise");
   const Tensor eps = op.call(seed, mu.sizes(), num_samples.value_or(1), offset);
   return num_samples ? eps : eps.squeeze(0);
 }
@@ -175,10 +200,9 @@ SampleResult rsample_kl_composite(const Tensor& mu, const Tensor& logvar, const 
 
 // --- autograd ---
 
-OptTensor defined(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
-
 // The backward of rsample and rsample_kl; ε is drawn again, nothing but the inputs was saved.
 variable_list sample_grads(AutogradContext* ctx, const Tensor& grad_z, const Tensor& grad_kl) {
+  const triton::Interpret where(triton::remembered(ctx));
   const auto saved = ctx->get_saved_variables();
   const Tensor &mu = saved[0], &logvar = saved[1], &seed = saved[2];
   const auto num_samples = ctx->saved_data["num_samples"].toOptional<int64_t>();
@@ -206,7 +230,7 @@ variable_list sample_grads(AutogradContext* ctx, const Tensor& grad_z, const Ten
     return grads;
   }
   at::AutoDispatchBelowAutograd guard;
-  static const auto op = typed_op<decltype(rsample_backward_cpu)>("fastvae::rsample_backward");
+  static const auto op = typed_op<decltype(rsample_backward_fused)>("fastvae::rsample_backward");
   std::tie(grads[0], grads[1]) =
       op.call(defined(grad_z), defined(grad_kl), mu, logvar, seed, num_samples, offset);
   return grads;
@@ -214,6 +238,7 @@ variable_list sample_grads(AutogradContext* ctx, const Tensor& grad_z, const Ten
 
 void save_sample(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& seed,
                  std::optional<int64_t> num_samples, int64_t sample_offset) {
+  triton::remember(ctx);
   ctx->set_materialize_grads(false);
   ctx->save_for_backward({mu, logvar, seed});
   ctx->saved_data["num_samples"] = num_samples;
@@ -226,7 +251,7 @@ struct Rsample : torch::autograd::Function<Rsample> {
                         int64_t sample_offset) {
     at::AutoDispatchBelowADInplaceOrView guard;
     save_sample(ctx, mu, logvar, seed, num_samples, sample_offset);
-    static const auto op = typed_op<decltype(rsample_cpu)>("fastvae::rsample");
+    static const auto op = typed_op<decltype(rsample_fused)>("fastvae::rsample");
     return op.call(mu, logvar, seed, num_samples, sample_offset);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
@@ -240,7 +265,7 @@ struct RsampleKL : torch::autograd::Function<RsampleKL> {
                                int64_t sample_offset) {
     at::AutoDispatchBelowADInplaceOrView guard;
     save_sample(ctx, mu, logvar, seed, num_samples, sample_offset);
-    static const auto op = typed_op<decltype(rsample_kl_cpu)>("fastvae::rsample_kl");
+    static const auto op = typed_op<decltype(rsample_kl_fused)>("fastvae::rsample_kl");
     auto [z, kl] = op.call(mu, logvar, seed, num_samples, sample_offset);
     return {z, kl};
   }
@@ -264,14 +289,22 @@ SampleResult rsample_kl_autograd(const Tensor& mu, const Tensor& logvar, const T
   return {out[0], out[1]};
 }
 
+void implementations(torch::Library& m) {
+  m.impl("noise", noise_fused);
+  m.impl("rsample", rsample_fused);
+  m.impl("rsample_kl", rsample_kl_fused);
+  m.impl("rsample_backward", rsample_backward_fused);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
+  implementations(m);
   m.impl("seed", seed_cpu);
-  m.impl("noise", noise_cpu);
-  m.impl("rsample", rsample_cpu);
-  m.impl("rsample_kl", rsample_kl_cpu);
-  m.impl("rsample_backward", rsample_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
+  implementations(m);
+  m.impl("seed", seed_cuda);
 }
 
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {

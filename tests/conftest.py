@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-import fastvae
+GPU = torch.cuda.is_available()
+if not GPU:  # before the kernels are built: they run in Triton's interpreter, on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import fastvae  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.repair()
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +49,25 @@ def require(name: str) -> str:
     return name
 
 
-@pytest.fixture(params=["cpp", "eager"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every CPU backend."""
-    return require(request.param)
+def serve(name: str) -> Iterator[str]:
+    require(name)
+    with torch.device("cuda") if name == "triton" and GPU else contextlib.nullcontext():
+        yield name
+
+
+@pytest.fixture(
+    params=["cpp", "eager", pytest.param("triton", marks=pytest.mark.gpu) if GPU else "triton"]
+)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend. Triton's kernels run on the GPU where there is one: then every tensor that a
+    test makes is there. Elsewhere they are interpreted."""
+    yield from serve(request.param)
+
+
+@pytest.fixture(params=["cpp", "eager", pytest.param("triton", marks=pytest.mark.gpu)][: 2 + GPU])
+def quick_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend but the interpreted one, for tests that would take it minutes."""
+    yield from serve(request.param)
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ from typing import cast
 
 import torch
 
-from fastvae._backends import cpp, eager
+from fastvae._backends import cpp, eager, triton
 from fastvae._backends._common import Backend, Ops, Prior, Terms
 
 __all__ = ["Backend", "Ops", "Prior", "Terms", "backends", "check_backend", "select"]
 
 _NAMES = ("auto", "cpp", "triton", "eager")
-_TRITON = Backend(False, "the Triton kernels are not part of this version; CUDA tensors use eager")
-_CPP, _EAGER = cast(Ops, cpp), cast(Ops, eager)
+_CPP, _TRITON, _EAGER = cast(Ops, cpp), cast(Ops, triton), cast(Ops, eager)
 
 
 def backends() -> dict[str, Backend]:
@@ -20,20 +19,26 @@ def backends() -> dict[str, Backend]:
     Returns:
         ``{"cpp": Backend(available, detail), "triton": …, "eager": …}``.
     """
-    return {"cpp": _CPP.status(), "triton": _TRITON, "eager": _EAGER.status()}
+    return {"cpp": _CPP.status(), "triton": _TRITON.status(), "eager": _EAGER.status()}
 
 
 def select(backend: str, device: torch.device) -> Ops:
     """The backend's functions for tensors on `device`.
 
-    ``"auto"`` is cpp for CPU tensors where the extension is built, and eager otherwise.
+    ``"auto"`` is cpp for CPU tensors, triton for CUDA tensors, and eager for other devices or
+    where the extension is not built.
 
     Raises:
         ValueError: an unknown name, or a backend that can't serve this device here.
     """
+    check_backend(backend)
     if backend == "auto":
-        return _CPP if device.type == "cpu" and cpp.status().available else _EAGER
-    if backend == "eager":
+        if device.type == "cpu" and cpp.status().available:
+            return _CPP
+        if device.type == "cuda" and cpp.status().available:
+            if (reason := triton.missing()) is not None:
+                raise ValueError(f"CUDA tensors need Triton, or backend='eager': {reason}")
+            return _TRITON
         return _EAGER
     if backend == "cpp":
         if not cpp.status().available:
@@ -42,9 +47,15 @@ def select(backend: str, device: torch.device) -> Ops:
             raise ValueError(f"backend 'cpp' serves CPU tensors, got a tensor on {device}")
         return _CPP
     if backend == "triton":
-        raise ValueError(f"backend 'triton' is not available: {_TRITON.detail}")
-    check_backend(backend)
-    raise AssertionError(f"no branch for backend {backend!r}")
+        if (reason := triton.missing()) is not None:
+            raise ValueError(f"backend 'triton' is not available: {reason}")
+        if device.type != ("cpu" if triton.interprets() else "cuda"):
+            which = "CPU tensors under TRITON_INTERPRET=1" if triton.interprets() else (
+                "CUDA tensors (CPU ones under TRITON_INTERPRET=1)"
+            )
+            raise ValueError(f"backend 'triton' serves {which}, got a tensor on {device}")
+        return _TRITON
+    return _EAGER
 
 
 def check_backend(backend: str) -> None:

@@ -1,0 +1,70 @@
+"""The Triton backend: CUDA tensors through torch.ops.fastvae, whose CUDA side is fastvae/_triton.
+
+Under TRITON_INTERPRET=1 it takes CPU tensors too: how the kernels are checked without a GPU.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastvae._backends import cpp
+from fastvae._backends._common import Backend
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def interprets() -> bool:
+    """Whether Triton's interpreter is asked for, which runs kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing() -> str | None:
+    """What keeps the kernels from running, whatever the device."""
+    if not cpp.status().available:
+        return "the operators are part of the C++ extension, and " + cpp.status().detail
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed here: pip install 'triton>=3.7.1'"
+    return None
+
+
+def status() -> Backend:
+    if (reason := missing()) is not None:
+        return Backend(False, reason)
+    version = f"Triton {importlib.metadata.version('triton')}"
+    if interprets():
+        return Backend(True, f"{version}, interpreted: slow, for CPU tensors, to check the kernels")
+    if not torch.cuda.is_available():
+        return Backend(False, f"{version} is here, but no CUDA device")
+    return Backend(True, f"{version}, CUDA tensors")
+
+
+def _serving(function: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
+    """The function, with CPU tensors sent to the interpreter; for CUDA ones nothing need be said."""
+
+    @functools.wraps(function)
+    def served(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
+        if first.device.type != "cpu":
+            return function(first, *args, **kwargs)
+        from fastvae import _C
+
+        before = _C.interpret(True)
+        try:
+            return function(first, *args, **kwargs)
+        finally:
+            _C.interpret(before)
+
+    return served
+
+
+rsample = _serving(cpp.rsample)
+rsample_kl = _serving(cpp.rsample_kl)
+kl_divergence = _serving(cpp.kl_divergence)
+log_likelihood = _serving(cpp.log_likelihood)
+elbo = _serving(cpp.elbo)

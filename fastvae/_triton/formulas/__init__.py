@@ -1,0 +1,17 @@
+"""Every row formula, by the name that csrc/formulas/ gives it.
+
+A formula takes (inputs, constants), both tuples, and returns the value per element and a tuple of
+its derivatives, one per input.
+"""
+
+from fastvae._triton.formulas.bernoulli import bernoulli, bernoulli_probs
+from fastvae._triton.formulas.gaussian import gaussian, gaussian_logvar
+from fastvae._triton.formulas.latent import normal_kl, standard_kl
+
+likelihoods = {
+    "bernoulli": bernoulli,
+    "bernoulli_probs": bernoulli_probs,
+    "gaussian": gaussian,
+    "gaussian_logvar": gaussian_logvar,
+}
+formulas = {**likelihoods, "standard_kl": standard_kl, "normal_kl": normal_kl}

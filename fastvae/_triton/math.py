@@ -1,0 +1,244 @@
+"""The kernels' vocabulary: csrc/cpu/vec.h in Triton, operation by operation.
+
+float32: the same polynomials, from +, −, ×, fma, IEEE division and square root alone. So the
+bounds in ULP of csrc/cpu/vec.h hold here too, a GPU computes what the interpreter does, and the
+noise has the C++ kernels' bits. Triton's own exp and log are the hardware's approximations, which
+no interpreter shows: exp(−80) is off by tens of ULP.
+float64: Triton's exp and log; the rest is built on them.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def polynomial_pairs(x, c):
+    """c[0] + c[1] x + … in pairs (Estrin)."""
+    if len(c) == 1:
+        return c[0]
+    else:  # noqa: RET505  (compiled: only one of the branches has a type)
+        p = ()
+        for i in tl.static_range(len(c) // 2):
+            if x.dtype == tl.float64:  # Triton 3.7's fma rounds a Python number to float32
+                p = p + (x * c[2 * i + 1] + c[2 * i],)  # noqa: RUF005
+            else:
+                p = p + (tl.fma(x, c[2 * i + 1], c[2 * i]),)  # noqa: RUF005
+        if len(c) % 2 == 1:
+            p = p + (c[len(c) - 1],)  # noqa: RUF005
+        return polynomial_pairs(x * x, p)
+
+
+@triton.jit
+def polynomial(x, constant, c):
+    """constant + c[0] x + c[1] x² + …, the constant added last."""
+    return tl.fma(x, polynomial_pairs(x, c), constant)
+
+
+@triton.jit
+def int_bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def float_bits(i):
+    return i.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_even(x):
+    """The nearest integer, for |x| < 2²²."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def scale2(p, n):
+    """p · 2^n for an integral n in [−150, 129], in two factors: 2^±150 is no float."""
+    i = n.to(tl.int32)
+    half = i >> 1
+    return p * float_bits((half + 127) << 23) * float_bits((i - half + 127) << 23)
+
+
+@triton.jit
+def exp(x):
+    """e^x for every x; ≤ 1 ULP."""
+    if x.dtype == tl.float64:
+        y = tl.exp(x)
+    else:
+        x = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))  # keeps NaN
+        n = round_even(x * 1.44269504)
+        r = tl.fma(n, -0.693359375, x)  # ln 2 in two parts; n times the first is exact
+        r = tl.fma(n, 2.12194440e-4, r)
+        c = (
+            0.16666419804096222,
+            0.041668232530355453,
+            0.008374898694455624,
+            0.0013836740981787443,
+        )
+        y = scale2(1.0 + tl.fma(r * r, polynomial(r, 0.49999991059303284, c), r), n)
+    return y
+
+
+@triton.jit
+def log1p_unit(e):
+    """ln(1 + e) for e in [0, 1]."""
+    if e.dtype == tl.float64:
+        y = log1p(e)
+    else:
+        c = (
+            0.33332559466362,
+            -0.24987271428108215,
+            0.19890747964382172,
+            -0.16105692088603973,
+            0.12418434768915176,
+            -0.08244172483682632,
+            0.041478194296360016,
+            -0.0134075116366148,
+            0.0020302373450249434,
+        )
+        y = tl.fma(e * e, polynomial(e, -0.4999998211860657, c), e)
+    return y
+
+
+@triton.jit
+def log_normal(x, correction, extra_exponent):
+    """n ln 2 + ln m + correction for x = 2^n m > 0, normal and finite; float32; ≤ 0.8 ULP."""
+    b = int_bits(x)
+    k = (b - 0x3F3504F3) >> 23  # the mantissa in [√½, √2): ln m ≈ 0 where x ≈ 1
+    f = float_bits(b - (k << 23)) - 1.0
+    n = k.to(tl.float32) + extra_exponent
+    f2 = f * f
+    c = (
+        -0.24999988079071045,
+        0.2000206857919693,
+        -0.16669125854969025,
+        0.14221230149269104,
+        -0.12387536466121674,
+        0.11859312653541565,
+        -0.11768253892660141,
+        0.06918381154537201,
+    )
+    y = tl.fma(f * f2, polynomial(f, 0.3333331346511841, c), correction)
+    y = tl.fma(n, -2.12194440e-4, y)
+    y = tl.fma(f2, -0.5, y)
+    return tl.fma(n, 0.693359375, f + y)
+
+
+@triton.jit
+def log_plus(x, correction):
+    """ln x + correction for every x: 0 gives −∞, below 0 and NaN give NaN; float32; ≤ 0.8 ULP."""
+    tiny = x < 1.17549435e-38  # subnormals are scaled up into the normal range
+    y = log_normal(tl.where(tiny, x * 8388608.0, x), correction, tl.where(tiny, -23.0, 0.0))
+    special = tl.where(x == 0, -float("inf"), tl.where(x < 0, float("nan"), x))
+    return tl.where((x > 0) & (x < float("inf")), y, special)
+
+
+@triton.jit
+def log(x):
+    y = tl.log(x) if x.dtype == tl.float64 else log_plus(x, 0.0)
+    return y
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, correctly rounded: `/` is an approximation on a GPU, in float32."""
+    y = a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
+    return y
+
+
+@triton.jit
+def log1p(x):
+    """ln(1 + x); the rounding of 1 + x is put back through ln(u + c) ≈ ln u + c / u."""
+    u = 1.0 + x
+    correction = tl.where(u > 0, divide(x - (u - 1.0), tl.where(u > 0, u, 1.0)), 0.0)
+    y = tl.log(u) + correction if x.dtype == tl.float64 else log_plus(u, correction)
+    return tl.where(u == 1.0, x, y)
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def floored_logs(p, floor):
+    """max(ln p, floor), max(ln(1 − p), floor)."""
+    return maximum(log(p), floor), maximum(log1p(-p), floor)
+
+
+@triton.jit
+def logistic(x):
+    """ln σ(x), ln σ(−x), σ(x), σ(−x), from one exp and one division; ≤ 2.5 ULP each."""
+    e = exp(-tl.abs(x))
+    tail = log1p_unit(e)
+    big = divide(1.0, 1.0 + e)
+    small = e * big
+    below = tl.where(x > 0, 0.0, x)  # keeps NaN
+    above = tl.where(x < 0, 0.0, x)
+    positive = x >= 0
+    p, q = tl.where(positive, big, small), tl.where(positive, small, big)
+    return below - tail, -above - tail, p, q
+
+
+@triton.jit
+def phi_expm1(d):
+    """e^d − 1 − d without cancellation, and e^d − 1; φ ≥ 0; ≤ 2.5 ULP."""
+    if d.dtype == tl.float64:
+        low: tl.constexpr = -1.0
+        high: tl.constexpr = 1.0
+        # Σ d^k / k!, up to d^20 / 20! < 1e-18
+        c = (
+            1 / 6,
+            1 / 24,
+            1 / 120,
+            1 / 720,
+            1 / 5040,
+            1 / 40320,
+            1 / 362880,
+            1 / 3628800,
+            1 / 39916800,
+            1 / 479001600,
+            1 / 6227020800,
+            1 / 87178291200,
+            1 / 1307674368000,
+            1 / 20922789888000,
+            1 / 355687428096000,
+            1 / 6402373705728000,
+            1 / 121645100408832000,
+            1 / 2432902008176640000,
+        )
+    else:
+        low: tl.constexpr = -1.0
+        high: tl.constexpr = 2.0
+        c = (
+            0.1666666716337204,
+            0.041666675359010696,
+            0.008333331905305386,
+            0.0013888580724596977,
+            0.0001984244299819693,
+            2.4841781851137057e-05,
+            2.7324401798978215e-06,
+            2.607000340049126e-07,
+            3.8409130098671085e-08,
+        )
+    near = (d >= low) & (d <= high)
+    dd = d * d
+    phi = tl.fma(dd * d, polynomial_pairs(d, c), 0.5 * dd)
+    e = exp(d) - 1.0
+    return tl.where(near, phi, e - d), tl.where(near, phi + d, e)
+
+
+@triton.jit
+def sincospi(t):
+    """sin(πt), cos(πt) for t in [−1, 1]; float32; absolute error about 1e-7."""
+    q = round_even(t + t)
+    r = tl.fma(q, -0.5, t)  # exact; in [−¼, ¼]
+    r2 = r * r
+    cs = (-5.167707920074463, 2.5497610569000244, -0.5890122056007385)
+    cc = (-4.934802055358887, 4.058706760406494, -1.3350359201431274, 0.23126092553138733)
+    s = r * polynomial(r2, 3.1415927410125732, cs)
+    c = polynomial(r2, 1.0, cc)
+    k = q.to(tl.int32)
+    odd = (k & 1) == 1  # a quarter turn swaps the two
+    sin = int_bits(tl.where(odd, c, s)) ^ ((k & 2) << 30)
+    cos = int_bits(tl.where(odd, s, c)) ^ (((k + 1) & 2) << 30)
+    return float_bits(sin), float_bits(cos)

@@ -1,0 +1,188 @@
+"""The row kernel: any formula, its value summed along rows, with its gradients, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvae._triton.formulas import formulas
+from fastvae._triton.launch import (
+    COMPUTE,
+    TILE,
+    constant,
+    index_type,
+    launch,
+    splits,
+    tile_shape,
+)
+
+
+@triton.jit
+def number(value, dtype: tl.constexpr):
+    """The double (see launch.constant) or float that was passed."""
+    if dtype == tl.float64:
+        value = value.to(tl.int64).to(tl.float64, bitcast=True)
+    return value
+
+
+@triton.jit
+def row_of(row, batch, BATCHED: tl.constexpr):
+    """Which row of an operand belongs to this row: one stored per sample serves all K draws."""
+    return row % batch if BATCHED else row
+
+
+@triton.jit(do_not_specialize=["rows", "batch", "splits"])
+def rowwise_kernel(
+    inputs,  # pointers, in the formula's order …
+    strides,  # … and the distances of their rows
+    mask,
+    mask_stride,
+    weight,  # multiplies the row's gradients, as scale does
+    weight_stride,
+    scale,
+    constants,
+    grads,  # pointers, of the inputs that NEED one: dense, or summed along the row
+    value,  # [rows, splits]
+    rows,
+    cols,
+    batch,
+    chunk,
+    splits,
+    FORMULA: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    PER_ROW: tl.constexpr,  # of each input: one element serves the whole row
+    BATCHED: tl.constexpr,  # of each input, the mask, the weight: [batch] rows, not [K·batch]
+    MASK_PER_ROW: tl.constexpr,
+    NEEDS: tl.constexpr,  # of each input: 0 no gradient, 1 a dense one, 2 a summed one
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    program = tl.program_id(0).to(INDEX)
+    split = program % splits
+    row = (program // splits * R + tl.arange(0, R).to(INDEX))[:, None]
+    in_rows = row < rows
+    n: tl.constexpr = len(inputs)
+
+    fixed = ()
+    for k in tl.static_range(len(constants)):
+        fixed = fixed + (number(constants[k], COMPUTE),)
+    factor = number(scale, COMPUTE)
+    if weight is not None:
+        at = row_of(row, batch, BATCHED[n + 1]) * weight_stride
+        factor = factor * tl.load(weight + at, mask=in_rows, other=0.0).to(COMPUTE)
+
+    total = tl.zeros((R, C), COMPUTE)
+    sums = ()
+    for j in tl.static_range(n):
+        if NEEDS[j] == 2:
+            sums = sums + (tl.zeros((R, C), COMPUTE),)
+
+    for start in range(split * chunk, tl.minimum(split * chunk + chunk, cols), C):
+        col = (start + tl.arange(0, C).to(INDEX))[None, :]
+        valid = in_rows & (col < cols)
+        x = ()
+        for j in tl.static_range(n):
+            at = inputs[j] + row_of(row, batch, BATCHED[j]) * strides[j]
+            if PER_ROW[j]:
+                x = x + (tl.load(at, mask=in_rows, other=0.0).to(COMPUTE),)
+            else:
+                x = x + (tl.load(at + col, mask=valid, other=0.0).to(COMPUTE),)
+        if mask is not None:
+            at = mask + row_of(row, batch, BATCHED[n]) * mask_stride
+            keep = tl.load(at + (col * 0 if MASK_PER_ROW else col), mask=valid, other=0)
+            valid = valid & (keep != 0)
+
+        v, g = FORMULA(x, fixed)
+        total += tl.where(valid, v, 0.0)
+        new = ()
+        written = 0
+        for j in tl.static_range(n):
+            if NEEDS[j] > 0:
+                gradient = tl.where(valid, factor * g[j], 0.0)
+                if NEEDS[j] == 2:
+                    new = new + (sums[len(new)] + gradient,)
+                else:
+                    out = grads[written]
+                    at = out + row * cols + col
+                    tl.store(at, gradient.to(out.dtype.element_ty), mask=in_rows & (col < cols))
+                written += 1
+        sums = new
+
+    at = row * splits + split
+    tl.store(value + at, tl.sum(total, axis=1, keep_dims=True), mask=in_rows)
+    summed = 0
+    written = 0
+    for j in tl.static_range(n):
+        if NEEDS[j] > 0:
+            if NEEDS[j] == 2:
+                s = tl.sum(sums[summed], axis=1, keep_dims=True)
+                tl.store(grads[written] + at, s, mask=in_rows)
+                summed += 1
+            written += 1
+
+
+def rowwise(
+    family: str,
+    inputs: Sequence[Tensor],  # [period, cols] views; a column stride of 0: one value a row
+    mask: Tensor | None,  # uint8, likewise
+    weight: Tensor | None,  # likewise
+    constants: Sequence[float],
+    scale: float,
+    batch: int,
+    value: Tensor,  # [rows]
+    grads: Sequence[Tensor],  # [rows, cols], or [rows] where the gradient is summed
+    needs: Sequence[bool],
+) -> None:
+    """Fills value and grads. Rows that are split are summed in a second stage, in a fixed order."""
+    rows, cols = value.numel(), inputs[0].shape[1]
+    height, width = tile_shape(cols, tile=TILE if value.dtype == torch.float32 else TILE // 2)
+    row_programs = triton.cdiv(rows, height)
+    split, chunk = splits(row_programs, cols, width)
+
+    kinds, outs, sums = [], [], [(value, value.new_empty(rows, split) if split > 1 else value)]
+    dense = iter(grads)
+    for need in needs:
+        out = next(dense) if need else None
+        kinds.append(0 if out is None else 1 if out.dim() == 2 else 2)
+        if kinds[-1] == 2:
+            sums.append((out, out.new_empty(rows, split) if split > 1 else out))
+        if out is not None:
+            outs.append(sums[-1][1] if kinds[-1] == 2 else out)
+
+    operands = (*inputs, mask, weight)
+    launch(
+        rowwise_kernel,
+        row_programs * split,
+        tuple(inputs),
+        tuple(t.stride(0) for t in inputs),
+        mask,
+        0 if mask is None else mask.stride(0),
+        weight,
+        0 if weight is None else weight.stride(0),
+        constant(scale, value.dtype),
+        tuple(constant(c, value.dtype) for c in constants),
+        tuple(outs),
+        sums[0][1],
+        rows,
+        cols,
+        batch,
+        chunk,
+        split,
+        FORMULA=formulas[family],
+        COMPUTE=COMPUTE[value.dtype],
+        INDEX=index_type(*operands, *outs),
+        PER_ROW=tuple(t.stride(1) == 0 for t in inputs),
+        BATCHED=tuple(t is not None and 1 < t.shape[0] < rows for t in operands),
+        MASK_PER_ROW=mask is not None and mask.stride(1) == 0,
+        NEEDS=tuple(kinds),
+        R=height,
+        C=width,
+    )
+    if split > 1:
+        for out, parts in sums:
+            torch.sum(parts, 1, out=out)

@@ -1,0 +1,243 @@
+"""The latent kernels: draw ε, write z, sum the KL; and the backward, which draws the same ε."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvae._triton.formulas.latent import sample, sample_dlogvar, standard_kl
+from fastvae._triton.launch import COMPUTE, TILE, index_type, launch, splits, tile_shape
+from fastvae._triton.philox import columns, normals
+
+
+@triton.jit
+def stream(b, k, cols, num_samples, sample_offset):
+    """The stream's index of the first element of sample b's k-th draw."""
+    return ((b.to(tl.int64) + sample_offset) * num_samples + k) * cols
+
+
+@triton.jit(do_not_specialize=["rows", "batch", "num_samples", "sample_offset", "splits"])
+def sample_kernel(
+    mu,
+    logvar,
+    mu_stride,
+    logvar_stride,
+    seed,
+    z,
+    kl,  # [batch, splits], or None
+    rows,  # batch · num_samples
+    cols,
+    batch,
+    num_samples,
+    sample_offset,
+    chunk,
+    splits,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    MU_COL: tl.constexpr,  # the distance of columns: 1, or 0 where one element serves the row
+    LOGVAR_COL: tl.constexpr,
+    FOUR: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    program = tl.program_id(0).to(INDEX)
+    split = program % splits
+    row = (program // splits * R + tl.arange(0, R).to(INDEX))[:, None]
+    in_rows = row < rows
+    b = row % batch  # z is [num_samples, batch]: each draw reads mu and logvar again, from L2
+    first = stream(b, row // batch, cols, num_samples, sample_offset)
+    key = tl.load(seed)
+
+    total = tl.zeros((R, C // 4 if FOUR else C), COMPUTE)
+    for start in range(split * chunk, tl.minimum(split * chunk + chunk, cols), C):
+        at = columns(start, C, FOUR, INDEX)
+        eps = normals(key, first, start, C, FOUR)
+        for j in tl.static_range(len(at)):
+            col = at[j][None, :]
+            valid = in_rows & (col < cols)
+            m = tl.load(mu + b * mu_stride + col * MU_COL, mask=valid, other=0.0).to(COMPUTE)
+            lv = tl.load(logvar + b * logvar_stride + col * LOGVAR_COL, mask=valid, other=0.0)
+            lv = lv.to(COMPUTE)
+            drawn = sample(m, lv, eps[j].to(COMPUTE))
+            tl.store(z + row * cols + col, drawn.to(z.dtype.element_ty), mask=valid)
+            if kl is not None:
+                v, _ = standard_kl((m, lv), ())
+                total += tl.where(valid, v, 0.0)
+    if kl is not None:
+        tl.store(kl + row * splits + split, tl.sum(total, 1, keep_dims=True), mask=row < batch)
+
+
+@triton.jit(do_not_specialize=["batch", "num_samples", "sample_offset", "splits"])
+def sample_backward_kernel(
+    grad_z,  # [num_samples, batch, cols], or None
+    grad_kl,  # [batch], or None
+    mu,
+    logvar,
+    grad_z_stride,
+    grad_kl_stride,
+    mu_stride,
+    logvar_stride,
+    seed,
+    grad_mu,
+    grad_logvar,
+    batch,
+    cols,
+    num_samples,
+    sample_offset,
+    chunk,
+    splits,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    GRAD_Z_COL: tl.constexpr,
+    MU_COL: tl.constexpr,
+    LOGVAR_COL: tl.constexpr,
+    FOUR: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    program = tl.program_id(0).to(INDEX)
+    start = program % splits * chunk
+    row = (program // splits * R + tl.arange(0, R).to(INDEX))[:, None]
+    in_rows = row < batch
+    key = tl.load(seed)
+    at = columns(start, C, FOUR, INDEX)
+
+    dz = ()
+    eps_dz = ()
+    for j in tl.static_range(len(at)):
+        dz = dz + (tl.zeros((R, at[j].shape[0]), COMPUTE),)
+        eps_dz = eps_dz + (tl.zeros((R, at[j].shape[0]), COMPUTE),)
+    if grad_z is not None:
+        for k in range(num_samples):
+            first = stream(row, k, cols, num_samples, sample_offset)
+            eps = normals(key, first, start, C, FOUR)
+            from_row = grad_z + (k * batch + row) * grad_z_stride
+            new_dz = ()
+            new_eps_dz = ()
+            for j in tl.static_range(len(at)):
+                col = at[j][None, :]
+                valid = in_rows & (col < cols)
+                g = tl.load(from_row + col * GRAD_Z_COL, mask=valid, other=0.0).to(COMPUTE)
+                new_dz = new_dz + (dz[j] + g,)
+                new_eps_dz = new_eps_dz + (eps_dz[j] + eps[j].to(COMPUTE) * g,)
+            dz = new_dz
+            eps_dz = new_eps_dz
+
+    for j in tl.static_range(len(at)):
+        col = at[j][None, :]
+        valid = in_rows & (col < cols)
+        lv = tl.load(logvar + row * logvar_stride + col * LOGVAR_COL, mask=valid, other=0.0)
+        lv = lv.to(COMPUTE)
+        g_mu = dz[j]
+        g_logvar = eps_dz[j]
+        if grad_z is not None:
+            g_logvar = sample_dlogvar(lv, eps_dz[j])
+        if grad_kl is not None:
+            m = tl.load(mu + row * mu_stride + col * MU_COL, mask=valid, other=0.0).to(COMPUTE)
+            w = tl.load(grad_kl + row * grad_kl_stride, mask=in_rows, other=0.0).to(COMPUTE)
+            _, d = standard_kl((m, lv), ())
+            g_mu = tl.fma(w + tl.zeros_like(m), d[0], g_mu)
+            g_logvar = tl.fma(w + tl.zeros_like(m), d[1], g_logvar)
+        out = row * cols + col
+        tl.store(grad_mu + out, g_mu.to(grad_mu.dtype.element_ty), mask=valid)
+        tl.store(grad_logvar + out, g_logvar.to(grad_logvar.dtype.element_ty), mask=valid)
+
+
+def latent_tile(mu: Tensor, cols: int) -> tuple[bool, int, int]:
+    """Whether all four normals of a counter are used, and the tile."""
+    four = cols % 64 == 0
+    # A quarter of the tile is loaded at a time: 16-bit types need twice the columns for 128 bits.
+    size = {2: 2 * TILE, 4: TILE, 8: TILE // 2}[mu.element_size()]
+    return four, *tile_shape(cols, 64 if four else 1, size)
+
+
+def sample_forward(
+    mu: Tensor,  # [batch, cols] views; a column stride of 0: one value a row
+    logvar: Tensor,
+    seed: Tensor,  # int64 [1], on the device: never read back
+    num_samples: int,
+    sample_offset: int,
+    z: Tensor,  # [num_samples · batch, cols]
+    kl: Tensor | None,  # [batch]
+) -> None:
+    """Fills z and kl."""
+    rows, cols = z.shape
+    four, height, width = latent_tile(mu, cols)
+    row_programs = triton.cdiv(rows, height)
+    split, chunk = splits(row_programs, cols, width)
+    parts = kl if kl is None or split == 1 else kl.new_empty(len(kl), split)
+    launch(
+        sample_kernel,
+        row_programs * split,
+        mu,
+        logvar,
+        mu.stride(0),
+        logvar.stride(0),
+        seed,
+        z,
+        parts,
+        rows,
+        cols,
+        mu.shape[0],
+        num_samples,
+        sample_offset,
+        chunk,
+        split,
+        COMPUTE=tl.float64 if mu.dtype == torch.float64 else tl.float32,
+        INDEX=index_type(mu, logvar, z),
+        MU_COL=mu.stride(1),
+        LOGVAR_COL=logvar.stride(1),
+        FOUR=four,
+        R=height,
+        C=width,
+    )
+    if kl is not None and split > 1:
+        torch.sum(parts, 1, out=kl)
+
+
+def sample_backward(
+    grad_z: Tensor | None,  # [num_samples · batch, cols]
+    grad_kl: Tensor | None,  # [batch, 1]
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    num_samples: int,
+    sample_offset: int,
+    grad_mu: Tensor,  # [batch, cols]
+    grad_logvar: Tensor,
+) -> None:
+    """Fills grad_mu and grad_logvar. A program has one tile, and loops over the draws."""
+    batch, cols = grad_mu.shape
+    four, height, width = latent_tile(mu, cols)
+    split = triton.cdiv(cols, width)
+    launch(
+        sample_backward_kernel,
+        triton.cdiv(batch, height) * split,
+        grad_z,
+        grad_kl,
+        mu,
+        logvar,
+        0 if grad_z is None else grad_z.stride(0),
+        0 if grad_kl is None else grad_kl.stride(0),
+        mu.stride(0),
+        logvar.stride(0),
+        seed,
+        grad_mu,
+        grad_logvar,
+        batch,
+        cols,
+        num_samples,
+        sample_offset,
+        width,
+        split,
+        COMPUTE=tl.float64 if mu.dtype == torch.float64 else tl.float32,
+        INDEX=index_type(mu, logvar, grad_z, grad_mu),
+        GRAD_Z_COL=0 if grad_z is None else grad_z.stride(1),
+        MU_COL=mu.stride(1),
+        LOGVAR_COL=logvar.stride(1),
+        FOUR=four,
+        R=height,
+        C=width,
+    )
