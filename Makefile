@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench bench-gpu format clean
 demo: $(VENV)/built
 	python examples/digits.py
 
@@ -16,6 +16,9 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	python -m pytest benchmarks --benchmark-json=benchmarks/last.json
+
+bench-gpu: $(VENV)/built
+	python -m pytest benchmarks --device cuda --benchmark-json=benchmarks/last-gpu.json
 
 check: $(VENV)/installed
 	ruff check .

@@ -83,7 +83,16 @@ def extension() -> dict:
                 )
             super().build_extension(ext)
 
-    sources = ["ops", "common", "rowwise", "rsample", "kl_divergence", "log_likelihood", "elbo", "triton"]
+    sources = [
+        "ops",
+        "common",
+        "rowwise",
+        "rsample",
+        "kl_divergence",
+        "log_likelihood",
+        "elbo",
+        "triton",
+    ]
     sources += ["cpu/dispatch"]
     module = CppExtension(
         "fastvae._C",

@@ -1,4 +1,4 @@
-"""What is timed: one declarative table. Everything else in this folder enumerates `CASES`.
+"""What is timed: one declarative table a device. Everything else here enumerates `CASES`.
 
 A likelihood gets its own case by being in `fastvae.likelihoods.registry`.
 """
@@ -13,8 +13,18 @@ from torch import Tensor
 import fastvae
 from benchmarks import plain
 
-DEVICE = "cpu"
-DTYPE = torch.float32
+
+class Target(NamedTuple):
+    """Where a problem's tensors are, and what they are of."""
+
+    device: str
+    dtype: torch.dtype
+
+
+CPU = Target("cpu", torch.float32)
+CUDA = Target("cuda", torch.float32)
+CUDA_HALF = Target("cuda", torch.bfloat16)  # float16 can't hold eager's sum over a batch
+BITS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class Shape(NamedTuple):
@@ -26,6 +36,8 @@ class Shape(NamedTuple):
 SMALL = Shape(128, 20, 784)  # an MNIST batch: overhead
 MIDDLE = Shape(512, 64, 3072)  # a CIFAR batch: arithmetic, in cache
 LARGE = Shape(2048, 128, 12288)  # 64x64 RGB: memory
+HUGE = Shape(8192, 256, 12288)  # 400 MB a tensor, beyond any device's cache
+MANY = Shape(65536, 256, 0)  # the same for latents: 67 MB
 
 
 class Problem(NamedTuple):
@@ -37,6 +49,12 @@ class Problem(NamedTuple):
     forward: int  # to get the outputs
     step: int  # to get the outputs and the gradients in one go
 
+    @property
+    def traffic(self) -> dict[str, int]:
+        """The same in bytes, by phase: a contender may choose how to split the step."""
+        itemsize = next(iter(self.inputs.values())).element_size()
+        return {"no_grad": self.forward * itemsize, "step": self.step * itemsize}
+
 
 Contender = Callable[..., tuple[Tensor, ...]]  # called with the inputs by name
 
@@ -46,7 +64,8 @@ class Case:
     op: str
     family: str
     shape: Shape
-    problem: Callable[[Shape], Problem]
+    target: Target
+    problem: Callable[[Shape, Target], Problem]
     fastvae: Contender
     eager: Contender  # takes eps=None too where `sampled`
     compiled: bool = True  # time torch.compile of `eager` as well
@@ -54,9 +73,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        bits = "fp32" if DTYPE is torch.float32 else str(DTYPE).removeprefix("torch.")
+        device, bits = self.target.device, BITS[self.target.dtype]
         rows, columns = self.shape.batch, self.shape.pixels or self.shape.latents
-        return f"{self.op}[{self.family}-{DEVICE}-{bits}-{rows}x{columns}]"
+        return f"{self.op}[{self.family}-{device}-{bits}-{rows}x{columns}]"
 
     @property
     def contenders(self) -> tuple[str, ...]:
@@ -68,56 +87,60 @@ class Case:
         return self.fastvae if contender == "fastvae" else self.eager
 
 
-def normal(*size: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(size, dtype=DTYPE, device=DEVICE) * scale
+def normal(target: Target, *size: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(size, dtype=target.dtype, device=target.device) * scale
 
 
-def uniform(*size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    return torch.empty(size, dtype=DTYPE, device=DEVICE).uniform_(low, high)
+def uniform(target: Target, *size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return torch.empty(size, dtype=target.dtype, device=target.device).uniform_(low, high)
 
 
-def latents(shape: Shape) -> dict[str, Tensor]:
+def latents(shape: Shape, target: Target) -> dict[str, Tensor]:
     size = shape.batch, shape.latents
-    return {"mu": normal(*size).requires_grad_(), "logvar": normal(*size).requires_grad_()}
+    return {name: normal(target, *size).requires_grad_() for name in ("mu", "logvar")}
 
 
-def step_problem(shape: Shape) -> Problem:
+def step_problem(shape: Shape, target: Target) -> Problem:
     """The decoder is left out: logits are a leaf, and z gets the gradient a decoder would send."""
     rows = shape.batch, shape.pixels
-    inputs = {"logits": normal(*rows, scale=3.0).requires_grad_(), "x": uniform(*rows)}
-    upstream = normal(shape.batch, shape.latents, scale=1e-2), None
+    logits = normal(target, *rows, scale=3.0).requires_grad_()
+    inputs = {"logits": logits, "x": uniform(target, *rows)}
+    upstream = normal(target, shape.batch, shape.latents, scale=1e-2), None
     n, m = shape.batch * shape.pixels, shape.batch * shape.latents
     # logits, x; d_logits. mu, logvar, z; again mu, logvar, and d_z, d_mu, d_logvar.
-    return Problem(inputs | latents(shape), upstream, 2 * n + 3 * m, 3 * n + 8 * m)
+    return Problem(inputs | latents(shape, target), upstream, 2 * n + 3 * m, 3 * n + 8 * m)
 
 
-def latent_problem(outputs: str, forward: int, step: int) -> Callable[[Shape], Problem]:
-    def problem(shape: Shape) -> Problem:
+def latent_problem(outputs: str, forward: int, step: int) -> Callable[[Shape, Target], Problem]:
+    def problem(shape: Shape, target: Target) -> Problem:
         m = shape.batch * shape.latents
-        gradients = {"z": normal(shape.batch, shape.latents), "kl": mean_gradient(shape, +1)}
+        z = normal(target, shape.batch, shape.latents)
+        gradients = {"z": z, "kl": mean_gradient(shape, target, +1)}
         upstream = tuple(gradients[name] for name in outputs.split())
-        return Problem(latents(shape), upstream, forward * m, step * m)
+        return Problem(latents(shape, target), upstream, forward * m, step * m)
 
     return problem
 
 
-def mean_gradient(shape: Shape, sign: int) -> Tensor:
+def mean_gradient(shape: Shape, target: Target, sign: int) -> Tensor:
     """What the mean of the negative ELBO sends to a value per sample."""
-    return torch.full((shape.batch,), sign / shape.batch, dtype=DTYPE, device=DEVICE)
+    value = sign / shape.batch
+    return torch.full((shape.batch,), value, dtype=target.dtype, device=target.device)
 
 
-def log_likelihood_case(family: str) -> Case:
+def log_likelihood_case(family: str, shape: Shape, target: Target) -> Case:
     likelihood = fastvae.likelihoods.get(family)
     # A family without a formula in plain.py is compared with its own eager backend.
     formula = plain.LOG_LIKELIHOODS.get(family)
 
-    def problem(shape: Shape) -> Problem:
+    def problem(shape: Shape, target: Target) -> Problem:
         size = shape.batch, shape.pixels
         x, recon = likelihood.sample_inputs(size)
         inputs = dict(zip(("x", *likelihood.param_names), (x, *recon), strict=True))
-        inputs = {k: t.to(DEVICE, DTYPE).requires_grad_(k != "x") for k, t in inputs.items()}
+        inputs = {k: t.to(*target).requires_grad_(k != "x") for k, t in inputs.items()}
         n, count = shape.batch * shape.pixels, len(recon)
-        return Problem(inputs, (mean_gradient(shape, -1),), (1 + count) * n, (1 + 2 * count) * n)
+        upstream = (mean_gradient(shape, target, -1),)
+        return Problem(inputs, upstream, (1 + count) * n, (1 + 2 * count) * n)
 
     def run(x: Tensor, backend: str = "auto", **parameters: Tensor) -> tuple[Tensor]:
         recon = tuple(parameters.values())
@@ -126,7 +149,7 @@ def log_likelihood_case(family: str) -> Case:
     def eager(x: Tensor, **parameters: Tensor) -> tuple[Tensor]:
         return (formula(x, **parameters),) if formula else run(x, "eager", **parameters)
 
-    return Case("log_likelihood", family, MIDDLE, problem, run, eager)
+    return Case("log_likelihood", family, shape, target, problem, run, eager)
 
 
 def fused_step() -> Contender:
@@ -139,11 +162,12 @@ def fused_step() -> Contender:
     return step
 
 
-def step_case(shape: Shape) -> Case:
-    return Case("elbo", "bernoulli", shape, step_problem, fused_step(), plain.elbo, sampled=True)
+def step_case(shape: Shape, target: Target) -> Case:
+    run = fused_step()
+    return Case("elbo", "bernoulli", shape, target, step_problem, run, plain.elbo, sampled=True)
 
 
-def latent_cases(shape: Shape) -> list[Case]:
+def latent_cases(shape: Shape, target: Target) -> list[Case]:
     shape = shape._replace(pixels=0)
     # outputs, then the tensors of mu's size that pass by: in the forward, in the whole step
     table: dict[str, tuple[str, int, int, Contender]] = {
@@ -156,6 +180,7 @@ def latent_cases(shape: Shape) -> list[Case]:
             op,
             "normal",
             shape,
+            target,
             latent_problem(outputs, forward, step),
             run,
             getattr(plain, op),
@@ -165,13 +190,22 @@ def latent_cases(shape: Shape) -> list[Case]:
     ]
 
 
-STEPS = {
-    name: step_case(shape)
-    for name, shape in {"small": SMALL, "middle": MIDDLE, "large": LARGE}.items()
+def everywhere(target: Target) -> list[Case]:
+    return [
+        *(step_case(shape, target) for shape in (SMALL, MIDDLE, LARGE)),
+        *(log_likelihood_case(name, MIDDLE, target) for name in fastvae.likelihoods.registry),
+        *latent_cases(SMALL, target),
+        *latent_cases(LARGE, target),
+    ]
+
+
+CASES: dict[str, list[Case]] = {  # by device
+    "cpu": everywhere(CPU),
+    "cuda": [
+        *everywhere(CUDA),
+        step_case(HUGE, CUDA),
+        *(step_case(shape, CUDA_HALF) for shape in (MIDDLE, LARGE, HUGE)),
+        *(log_likelihood_case(name, LARGE, CUDA) for name in fastvae.likelihoods.registry),
+        *latent_cases(MANY, CUDA),
+    ],
 }
-CASES: list[Case] = [
-    *STEPS.values(),
-    *(log_likelihood_case(family) for family in fastvae.likelihoods.registry),
-    *latent_cases(SMALL),
-    *latent_cases(LARGE),
-]

@@ -1,10 +1,13 @@
 """The table at the end of `pytest benchmarks/`."""
 
 from collections.abc import Iterable
+from statistics import median
 
 import torch
 
 import fastvae
+from benchmarks import gpu
+from benchmarks.gpu import GpuMeasurement
 from benchmarks.runner import PHASES, QUIET, Measurement
 
 HEADER = (
@@ -25,6 +28,14 @@ phase: no_grad = outputs alone; forward, backward = with a graph; step = both.
 GB/s: the least traffic (inputs read once, outputs and gradients written once) over fastvae's time.
 floor: time of torch.add(a, b, out=c) on the largest input over fastvae's time, in the same rounds.
 peak: the most that a step has allocated at once, its inputs left out."""
+GPU_LEGEND = f"""\
+times: medians by triton.testing.do_bench, of {gpu.ROUNDS} in turns; L2 is flushed before each call.
+They are the device's; launches count where it waits for them, as it does in small cases.
+x eager, x compile: times faster that fastvae is, median of the rounds' ratios.
+phase: no_grad = outputs alone; forward = with a graph; step = with gradients; backward = the rest.
+GB/s: the least traffic (inputs read once, outputs and gradients written once) over fastvae's time.
+copy: these GB/s over those of dst.copy_(src), of the largest input or 256 MiB, in the same rounds.
+peak: the most that a step has allocated at once, its inputs left out."""
 CONTENDERS = "fastvae", "eager", "torch.compile"
 RIVALS = CONTENDERS[1:]
 
@@ -32,7 +43,9 @@ RIVALS = CONTENDERS[1:]
 def lines(measured: Iterable[Measurement]) -> list[str]:
     """The table's lines; a contender that computes something wrong has a reason, not a time."""
     measured = list(measured)
-    table: list[tuple[str, ...]] = [HEADER]
+    on_gpu = [m for m in measured if isinstance(m, GpuMeasurement)]
+    header = tuple("copy" if on_gpu and name == "floor" else name for name in HEADER)
+    table = [header]
     for measurement in measured:
         table += [row(measurement, phase) for phase in PHASES]
     widths = [max(len(cells[i]) for cells in table) for i in range(len(HEADER))]
@@ -51,7 +64,9 @@ def lines(measured: Iterable[Measurement]) -> list[str]:
         for m in measured
         if m.others > QUIET
     ]
-    return [environment(), "", text[0], *rule, *text[1:], *rule, *LEGEND.splitlines(), *remarks]
+    head = gpu_environment(on_gpu) if on_gpu else [environment()]
+    legend = (GPU_LEGEND if on_gpu else LEGEND).splitlines()
+    return [*head, "", text[0], *rule, *text[1:], *rule, *legend, *remarks]
 
 
 def row(m: Measurement, phase: str) -> tuple[str, ...]:
@@ -64,7 +79,7 @@ def row(m: Measurement, phase: str) -> tuple[str, ...]:
     return (
         m.case.name if phase == PHASES[0] else "",
         phase,
-        *(duration(m.time(name, phase)) if name in m.seconds else "-" for name in CONTENDERS),
+        *(duration(m, m.time(name, phase)) if name in m.seconds else "-" for name in CONTENDERS),
         *ratios,
         f"{rate / 1e9:.1f}" if rate else "",
         f"{m.floor_share(phase):.0%}" if rate else "",
@@ -72,8 +87,10 @@ def row(m: Measurement, phase: str) -> tuple[str, ...]:
     )
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+def duration(m: Measurement, seconds: float) -> str:
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.2f} ms"
+    return f"{seconds * 1e6:.{1 if isinstance(m, GpuMeasurement) else 0}f} us"
 
 
 def environment() -> str:
@@ -81,4 +98,23 @@ def environment() -> str:
     return (
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}; fastvae cpp: {backend.detail}"
+    )
+
+
+def gpu_environment(measured: list[GpuMeasurement]) -> list[str]:
+    copy = median(m.copy_bandwidth() for m in measured)
+    first = gpu.first_step(gpu.FIRST)
+    return [
+        gpu_name(),
+        f"copy: {copy / 1e9:.0f} GB/s, read and write; the median over the cases",
+        f"first fastvae step of this process, kernels not compiled yet: {first}",
+    ]
+
+
+def gpu_name() -> str:
+    backend = fastvae.backends()["triton"]
+    toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return (
+        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, {toolkit}; "
+        f"fastvae triton: {backend.detail}"
     )

@@ -1,4 +1,7 @@
-"""Runs a case: checks every contender, times them in turns, and measures their memory once."""
+"""Runs a case: checks every contender, times them in turns, and measures their memory once.
+
+What is here times on the CPU; gpu.py does on a GPU what differs there.
+"""
 
 import functools
 import gc
@@ -21,13 +24,15 @@ BUDGET = 3.0  # seconds of rounds per case
 ROUNDS = 9, 500  # at least, at most
 QUIET = 0.1  # CPUs that other processes may use
 ATTEMPTS = 3
-TOLERANCE = 2e-5  # float32 sums of some thousand terms, relative to the largest element
+# Relative to the largest element. float32: sums of some thousand terms. bfloat16: eager rounds each
+# of its steps to 8 bits.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 @dataclass
 class Measurement:
     case: Case
-    problem: Problem
+    traffic: dict[str, int]  # phase -> the least bytes read and written, where that is known
     faults: dict[str, str]  # contender -> what is wrong with it; it isn't timed
     seconds: dict[str, dict[str, list[float]]]  # contender -> phase -> one entry a round
     peak: dict[str, int]  # contender -> bytes over the inputs, in one step
@@ -44,9 +49,8 @@ class Measurement:
 
     def bandwidth(self, phase: str) -> float | None:
         """Bytes per second of the least traffic; unknown where a contender may choose the split."""
-        elements = {"no_grad": self.problem.forward, "step": self.problem.step}.get(phase)
-        itemsize = next(iter(self.problem.inputs.values())).element_size()
-        return elements and elements * itemsize / self.time("fastvae", phase)
+        traffic = self.traffic.get(phase)
+        return traffic and traffic / self.time("fastvae", phase)
 
     def floor_share(self, phase: str) -> float:
         return median(
@@ -57,23 +61,36 @@ class Measurement:
 MEASURED: list[Measurement] = []  # in the order of measuring, for the report
 
 
-@functools.cache
-def measure(case: Case) -> Measurement:
+class Lineup(NamedTuple):
+    problem: Problem
+    fit: dict[str, Contender]  # those that may race
+    faults: dict[str, str]
+
+
+def prepare(case: Case) -> Lineup:
+    """Builds the case's tensors and checks every contender on them."""
     torch.manual_seed(0)
     torch.compiler.reset()  # else the next shape counts as a recompilation, and may be left eager
-    problem = case.problem(case.shape)
+    problem = case.problem(case.shape, case.target)
     contenders = {name: case.run(name) for name in case.contenders}
     faults = {
         name: fault for name, run in contenders.items() if (fault := check(case, run, problem))
     }
     fit = {name: run for name, run in contenders.items() if name not in faults}
+    return Lineup(problem, fit, faults)
+
+
+@functools.cache
+def measure(case: Case) -> Measurement:
+    problem, fit, faults = prepare(case)
     peak = {name: peak_memory(run, problem) for name, run in fit.items()}
     # A disturbed race is run again; the quietest one counts.
     races: list[Race] = []
     while not races or (len(races) < ATTEMPTS and races[-1].others > QUIET):
         races.append(race(fit, problem))
     best = min(races, key=lambda r: r.others)
-    measurement = Measurement(case, problem, faults, best.seconds, peak, best.floor, best.others)
+    traffic = problem.traffic
+    measurement = Measurement(case, traffic, faults, best.seconds, peak, best.floor, best.others)
     MEASURED.append(measurement)
     return measurement
 
@@ -178,7 +195,7 @@ def check(case: Case, run: Contender, problem: Problem) -> str | None:
     labels = [f"output {i}" for i in range(len(outputs))] + [f"d_{name}" for name in names]
     for label, got, want in zip(labels, (*outputs, *gradients), expected, strict=True):
         off = (got.double() - want).abs().max() / want.abs().max()
-        if not off <= TOLERANCE:  # a NaN too
+        if not off <= TOLERANCE[case.target.dtype]:  # a NaN too
             return f"{label} is off by {off:.1e} of its largest element"
     return None
 

@@ -1,4 +1,4 @@
-"""Times every case of `cases.py` by phase and contender: `pytest benchmarks/`.
+"""Times every case of `cases.py` by phase and contender: `pytest benchmarks/ [--device cuda]`.
 
 Narrow it down with -k ("elbo and 128x784"), leave the requirement out with -m "not requirement",
 keep the figures with --benchmark-json PATH. How it measures: NOTES.md.
@@ -9,8 +9,9 @@ from statistics import median
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.cases import CASES, STEPS, Case
-from benchmarks.runner import PHASES, measure
+from benchmarks import gpu, runner
+from benchmarks.cases import CASES, MIDDLE, Case
+from benchmarks.runner import PHASES, Measurement
 
 # torch.compile uses parts of torch that torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -34,13 +35,21 @@ class Tape:
 
 
 tape = Tape()
-LEGS = [(c, phase, who) for c in CASES for phase in PHASES for who in c.contenders]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = CASES[metafunc.config.getoption("device", "cpu")]
+        legs = [(c, phase, who) for c in cases for phase in PHASES for who in c.contenders]
+        ids = [f"{c.name}-{phase}-{who}" for c, phase, who in legs]
+        metafunc.parametrize("case, phase, contender", legs, ids=ids)
+
+
+def measure(case: Case) -> Measurement:
+    return (gpu if case.target.device == "cuda" else runner).measure(case)
 
 
 @pytest.mark.benchmark(timer=tape)
-@pytest.mark.parametrize(
-    "case, phase, contender", LEGS, ids=[f"{c.name}-{phase}-{who}" for c, phase, who in LEGS]
-)
 def test_speed(case: Case, phase: str, contender: str, benchmark: BenchmarkFixture) -> None:
     measured = measure(case)
     assert contender not in measured.faults, measured.faults[contender]
@@ -53,8 +62,11 @@ def test_speed(case: Case, phase: str, contender: str, benchmark: BenchmarkFixtu
 
 
 @pytest.mark.requirement
-def test_step_is_three_times_faster_than_eager() -> None:
-    measured = measure(STEPS["middle"])
+def test_step_is_three_times_faster_than_eager(pytestconfig: pytest.Config) -> None:
+    if pytestconfig.getoption("device", "cpu") != "cpu":
+        pytest.skip("stated for the CPU")
+    (case,) = (c for c in CASES["cpu"] if c.op == "elbo" and c.shape == MIDDLE)
+    measured = measure(case)
     assert not measured.faults.keys() & {"fastvae", "eager"}, measured.faults
     speedup = measured.speedup("eager")
     assert speedup >= 3, f"while other processes used {measured.others:.1f} CPUs"

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
-if not GPU:  # before the kernels are built: they run in Triton's interpreter, on CPU tensors
+GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+if GPU:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else each matmul warns
+else:  # before the kernels are built: they run in Triton's interpreter, on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastvae  # noqa: E402
@@ -68,6 +70,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def quick_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend but the interpreted one, for tests that would take it minutes."""
     yield from serve(request.param)
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Sends this thread's CPU tensors through the Triton kernels, in the interpreter."""
+    if GPU:
+        pytest.skip("the kernels were built for the GPU")
+    require("triton")
+    from fastvae import _C
+
+    before = _C.interpret(True)
+    yield
+    _C.interpret(before)
 
 
 @pytest.fixture

@@ -211,11 +211,13 @@ def test_manual_seed_and_generator(fused: bool, backend: str) -> None:
     first = sample(fused, mu, logvar, backend=backend)
     assert torch.equal(first, sample(fused, mu, logvar, backend=backend))
 
-    generator = torch.Generator().manual_seed(SEED)
-    state = torch.get_rng_state()
+    generator = torch.Generator(mu.device).manual_seed(SEED)
+    torch.manual_seed(5)
+    undisturbed = torch.rand(4)
+    torch.manual_seed(5)
     given = sample(fused, mu, logvar, generator=generator, backend=backend)
     assert torch.equal(given, first)
-    assert torch.equal(torch.get_rng_state(), state)  # the global generator stays where it was
+    assert torch.equal(torch.rand(4), undisturbed)  # the global generator stays where it was
     following = sample(fused, mu, logvar, generator=generator, backend=backend)
     assert not torch.isclose(following, given).any()
 

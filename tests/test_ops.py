@@ -24,7 +24,12 @@ def leaf(*shape: int, positive: bool = False, dtype: torch.dtype = torch.float32
     return t.requires_grad_()
 
 
-def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def operator_calls(device: str = "cpu") -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    with torch.device(device):
+        return calls_with(SEED.to(device))
+
+
+def calls_with(seed: Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     torch.manual_seed(0)
     mu, logvar, x, logits = leaf(5, 7), leaf(5, 7), torch.rand(5, 11), leaf(5, 11)
     kl, mask, weight = leaf(5, positive=True), torch.rand(5, 11) > 0.5, torch.rand(5)
@@ -32,13 +37,13 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     needs = [True, True, False, False]
     scalar = torch.zeros((), requires_grad=True)
     return {
-        "noise": (ops.noise, (SEED, [5, 7], 2, 3)),
-        "rsample": (ops.rsample, (mu, logvar, SEED)),
-        "rsample-K": (ops.rsample, (mu, logvar, SEED, 3, 2)),
-        "rsample_kl": (ops.rsample_kl, (mu, logvar, SEED)),
+        "noise": (ops.noise, (seed, [5, 7], 2, 3)),
+        "rsample": (ops.rsample, (mu, logvar, seed)),
+        "rsample-K": (ops.rsample, (mu, logvar, seed, 3, 2)),
+        "rsample_kl": (ops.rsample_kl, (mu, logvar, seed)),
         "rsample_backward": (
             ops.rsample_backward,
-            (torch.randn(5, 7), torch.rand(5), plain[0], plain[1], SEED, None, 0),
+            (torch.randn(5, 7), torch.rand(5), plain[0], plain[1], seed, None, 0),
         ),
         "kl_divergence": (ops.kl_divergence, (mu, logvar)),
         "kl_divergence-prior": (ops.kl_divergence, (mu, logvar, leaf(5, 7), leaf(5, 7))),
@@ -64,6 +69,12 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("name", operator_calls())
 def test_opcheck(name: str) -> None:
+    op, args = operator_calls()[name]
+    opcheck(op.default, args)
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_opcheck_interpreted(name: str, interpreted: None) -> None:
     op, args = operator_calls()[name]
     opcheck(op.default, args)
 

@@ -52,6 +52,7 @@ class Model:
         return ll + log_prior - Normal(mu, (logvar / 2).exp()).log_prob(z).sum(-1)
 
 
+# Both come after `backend` in a test's arguments: it says on which device tensors are made.
 @pytest.fixture
 def model() -> Model:
     directions, _ = torch.linalg.qr(torch.randn(DATA, LATENTS, dtype=torch.float64))
@@ -83,7 +84,7 @@ def kl_to_posterior(mu: Tensor, logvar: Tensor, mean: Tensor, log_variance: Tens
 
 
 def test_elbo_plus_kl_to_the_posterior_is_the_log_evidence(
-    model: Model, x: Tensor, backend: str
+    backend: str, model: Model, x: Tensor
 ) -> None:
     mu, logvar = some_posterior()
     criterion = ELBOLoss(Gaussian(scale=SCALE), reduction="none", backend=backend)
@@ -93,7 +94,7 @@ def test_elbo_plus_kl_to_the_posterior_is_the_log_evidence(
     assert (gap > 0.1).all()
 
 
-def test_elbo_is_tight_at_the_posterior(model: Model, x: Tensor, backend: str) -> None:
+def test_elbo_is_tight_at_the_posterior(backend: str, model: Model, x: Tensor) -> None:
     mu, logvar = model.posterior(x)
     criterion = ELBOLoss(Gaussian(scale=SCALE), reduction="none", backend=backend)
     elbo = -criterion(model.decode(sigma_points(mu, logvar)), x, mu, logvar)
@@ -101,7 +102,7 @@ def test_elbo_is_tight_at_the_posterior(model: Model, x: Tensor, backend: str) -
 
 
 def test_the_gradient_is_that_of_the_kl_to_the_posterior(
-    model: Model, x: Tensor, backend: str
+    backend: str, model: Model, x: Tensor
 ) -> None:
     """-ELBO = KL(q || p(z | x)) - ln p(x), and the evidence doesn't depend on q."""
     leaves = [t.requires_grad_() for t in some_posterior()]
@@ -114,7 +115,7 @@ def test_the_gradient_is_that_of_the_kl_to_the_posterior(
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
 
 
-def test_the_posterior_as_a_prior_gives_the_gap(model: Model, x: Tensor, backend: str) -> None:
+def test_the_posterior_as_a_prior_gives_the_gap(backend: str, model: Model, x: Tensor) -> None:
     mu, logvar = some_posterior()
     posterior = model.posterior(x)
     ours = fastvae.kl_divergence(mu, logvar, prior=posterior, backend=backend)
@@ -124,7 +125,7 @@ def test_the_posterior_as_a_prior_gives_the_gap(model: Model, x: Tensor, backend
 
 
 def test_every_importance_weight_is_the_evidence_when_q_is_the_posterior(
-    model: Model, x: Tensor, backend: str
+    backend: str, model: Model, x: Tensor
 ) -> None:
     mu, logvar = model.posterior(x)
     log_w = model.log_weights(x, mu, logvar, 64, backend)
@@ -133,7 +134,7 @@ def test_every_importance_weight_is_the_evidence_when_q_is_the_posterior(
 
 
 def test_importance_weighted_bound_rises_to_the_log_evidence(
-    model: Model, x: Tensor, backend: str
+    quick_backend: str, model: Model, x: Tensor
 ) -> None:
     """Every bound from the same 128 draws, so that they differ by little noise. All limits are 5
     standard errors over 4000 independent repetitions."""
@@ -141,7 +142,7 @@ def test_importance_weighted_bound_rises_to_the_log_evidence(
     one = x[:1].expand(repeats, DATA)
     mean, log_variance = model.posterior(one)
     mu, logvar = (mean + 0.3, log_variance + 0.4)  # wider than the posterior: weights are bounded
-    log_w = model.log_weights(one, mu, logvar, most, backend)
+    log_w = model.log_weights(one, mu, logvar, most, quick_backend)
     evidence = model.log_evidence(one)[0]
 
     def bound(k: int) -> Tensor:  # [repeats]: the mean over the groups of k draws

@@ -50,8 +50,10 @@ def select(backend: str, device: torch.device) -> Ops:
         if (reason := triton.missing()) is not None:
             raise ValueError(f"backend 'triton' is not available: {reason}")
         if device.type != ("cpu" if triton.interprets() else "cuda"):
-            which = "CPU tensors under TRITON_INTERPRET=1" if triton.interprets() else (
-                "CUDA tensors (CPU ones under TRITON_INTERPRET=1)"
+            which = (
+                "CPU tensors under TRITON_INTERPRET=1"
+                if triton.interprets()
+                else ("CUDA tensors (CPU ones under TRITON_INTERPRET=1)")
             )
             raise ValueError(f"backend 'triton' serves {which}, got a tensor on {device}")
         return _TRITON

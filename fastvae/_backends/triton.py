@@ -49,7 +49,7 @@ def _serving(function: Callable[Concatenate[Tensor, P], T]) -> Callable[Concaten
     """The function, with CPU tensors sent to the interpreter; for CUDA ones nothing need be said."""
 
     @functools.wraps(function)
-    def served(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
+    def served(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if first.device.type != "cpu":
             return function(first, *args, **kwargs)
         from fastvae import _C

@@ -111,15 +111,15 @@ def scale_grad_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    program = tl.program_id(0).to(INDEX)
-    split = program % splits
-    row = (program // splits * R + tl.arange(0, R).to(INDEX))[:, None]
+    program = tl.program_id(0)
+    split = (program % splits).to(INDEX)
+    row = ((program // splits).to(INDEX) * R + tl.arange(0, R))[:, None]
     in_rows = row < rows
     f = tl.load(factor + row * factor_stride, mask=in_rows, other=1.0).to(COMPUTE)
     # loss.backward() sends 1: nothing to do, and no host had to look.
     if tl.sum((f != 1.0).to(tl.int32)) > 0:
         for start in range(split * chunk, tl.minimum(split * chunk + chunk, cols), C):
-            col = (start + tl.arange(0, C).to(INDEX))[None, :]
+            col = (start + tl.arange(0, C))[None, :]
             valid = in_rows & (col < cols)
             at = grad + row * cols + col
             g = tl.load(at, mask=valid, other=0.0).to(COMPUTE)
@@ -147,7 +147,7 @@ def scale_grad(
         chunk,
         split,
         COMPUTE=COMPUTE[compute],
-        INDEX=index_type(grad),
+        INDEX=index_type(grad, beyond=chunk),
         R=height,
         C=width,
     )

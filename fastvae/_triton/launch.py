@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The block rule. A program has 4 warps and a tile of 2048 elements in one iteration, so each
-# thread has 16: 128-bit accesses for every dtype from 1 to 8 bytes, and four of them in flight per
-# float32 input. Rows shorter than a tile share it; longer ones loop over it, and are split over
-# programs until there are PROGRAMS of them. All of it follows from the shape and the dtype, so
-# that there is nothing to tune at the first step, and results do not depend on the device.
-WARPS = 4
-TILE = 2048
+# The block rule. A program has 128 threads and a tile of 1024 elements in one iteration, so each
+# thread has 8: one 128-bit access of a 16-bit type, two of float32 (float64 has half the tile), and
+# registers left for eight programs on a multiprocessor. Rows shorter than a tile share it; longer
+# ones loop over it, and are split over programs until there are PROGRAMS of them. All of it follows
+# from the shape and the dtype: nothing is tuned at the first step, and no result depends on what
+# the device is.
+THREADS = 128
+TILE = 1024
 PROGRAMS = 1024
 
 COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -40,14 +41,15 @@ def splits(row_programs: int, cols: int, columns: int) -> tuple[int, int]:
     return max(triton.cdiv(cols, max(chunk, 1)), 1), max(chunk, columns)
 
 
-def index_type(*tensors: Tensor | None) -> Any:
-    """int32, or int64 where an offset into one of the tensors can pass 2³¹."""
+def index_type(*tensors: Tensor | None, beyond: int = 0) -> Any:
+    """int32, or int64 where an offset into one of the tensors, or one up to `beyond` columns past
+    its end (a chunk's), can pass 2³¹."""
     far = max(
         sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
         for t in tensors
         if t is not None
     )
-    return tl.int64 if far + 2 * TILE >= 2**31 else tl.int32
+    return tl.int64 if far + beyond + 4 * TILE >= 2**31 else tl.int32
 
 
 def constant(value: float, dtype: torch.dtype) -> float | int:
@@ -69,18 +71,25 @@ def launches_to(launcher: Callable[..., Any]) -> Iterator[None]:
         _launcher = before
 
 
+def options(warp_size: int) -> dict[str, Any]:
+    """No contraction but the fma that the source has: the bits are part of the contract."""
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+
+
+_options = options(64 if torch.version.hip else 32)
+
+
 def launch(kernel: Any, programs: int, *args: Any, **constexprs: Any) -> None:
-    """Runs the kernel. No contraction but the fma that the source has: the bits are part of it."""
-    options = {**constexprs, "num_warps": WARPS, "enable_fp_fusion": False}
+    """Runs the kernel, in one dimension: the others of a grid end at 65,535."""
     if programs >= 2**31:
         raise ValueError(f"a kernel has at most 2^31 - 1 programs, these tensors need {programs}")
     if _launcher is not None:
-        _launcher(kernel, programs, *args, **options)
+        _launcher(kernel, programs, *args, **constexprs)
     elif interpreting():
         with np.errstate(all="ignore"):
-            kernel[(programs,)](*args, **options)
+            kernel[(programs,)](*args, **constexprs)
     else:
-        kernel[(programs,)](*args, **options)
+        kernel[(programs,)](*args, **constexprs, **_options)
 
 
 def interpreting() -> bool:

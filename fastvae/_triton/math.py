@@ -1,9 +1,10 @@
 """The kernels' vocabulary: csrc/cpu/vec.h in Triton, operation by operation.
 
-float32: the same polynomials, from +, −, ×, fma, IEEE division and square root alone. So the
-bounds in ULP of csrc/cpu/vec.h hold here too, a GPU computes what the interpreter does, and the
-noise has the C++ kernels' bits. Triton's own exp and log are the hardware's approximations, which
-no interpreter shows: exp(−80) is off by tens of ULP.
+float32: the same polynomials, from +, −, × and fma alone. So the bounds in
+ULP of csrc/cpu/vec.h hold here too, a GPU computes what the interpreter does, and the noise has
+the C++ kernels' bits. Triton's own exp and log are the hardware's approximations, which no
+interpreter shows: exp(−80) is off by tens of ULP. `/` and rsqrt
+are too, by 2 ULP (PTX ISA: div.full, rsqrt.approx): they are mended, or used where that may be.
 float64: Triton's exp and log; the rest is built on them.
 """
 
@@ -44,18 +45,38 @@ def float_bits(i):
     return i.to(tl.float32, bitcast=True)
 
 
+# Adding 1.5 · 2²³ rounds to an integer and leaves it in the low bits: no conversion instruction,
+# of which a GPU has an eighth of the throughput. For |x| < 2²².
+MAGIC = tl.constexpr(12582912.0)
+MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
 @triton.jit
 def round_even(x):
-    """The nearest integer, for |x| < 2²²."""
-    return (x + 12582912.0) - 12582912.0
+    """The nearest integer as a float, and as the low 22 bits of an int."""
+    shifted = x + MAGIC
+    return shifted - MAGIC, int_bits(shifted)
 
 
 @triton.jit
-def scale2(p, n):
-    """p · 2^n for an integral n in [−150, 129], in two factors: 2^±150 is no float."""
-    i = n.to(tl.int32)
-    half = i >> 1
-    return p * float_bits((half + 127) << 23) * float_bits((i - half + 127) << 23)
+def to_float(i):
+    """An integer below 2²² in size."""
+    return float_bits(i + MAGIC_BITS) - MAGIC
+
+
+@triton.jit
+def exp_parts(x):
+    """e^x = p · 2^n: p, and n in the low bits."""
+    n, bits = round_even(x * 1.44269504)
+    r = tl.fma(n, -0.693359375, x)  # ln 2 in two parts; n times the first is exact
+    r = tl.fma(n, 2.12194440e-4, r)
+    c = (
+        0.16666419804096222,
+        0.041668232530355453,
+        0.008374898694455624,
+        0.0013836740981787443,
+    )
+    return 1.0 + tl.fma(r * r, polynomial(r, 0.49999991059303284, c), r), bits
 
 
 @triton.jit
@@ -65,16 +86,21 @@ def exp(x):
         y = tl.exp(x)
     else:
         x = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))  # keeps NaN
-        n = round_even(x * 1.44269504)
-        r = tl.fma(n, -0.693359375, x)  # ln 2 in two parts; n times the first is exact
-        r = tl.fma(n, 2.12194440e-4, r)
-        c = (
-            0.16666419804096222,
-            0.041668232530355453,
-            0.008374898694455624,
-            0.0013836740981787443,
-        )
-        y = scale2(1.0 + tl.fma(r * r, polynomial(r, 0.49999991059303284, c), r), n)
+        p, bits = exp_parts(x)
+        n = bits - MAGIC_BITS
+        half = n >> 1  # in two factors: 2^±150 is no float
+        y = p * float_bits((half + 127) << 23) * float_bits((n - half + 127) << 23)
+    return y
+
+
+@triton.jit
+def exp_negative(x):
+    """e^x for x ≤ 0; ≤ 1 ULP; 0 below −87.3, where it would be subnormal."""
+    if x.dtype == tl.float64:
+        y = tl.exp(x)
+    else:
+        p, bits = exp_parts(x)
+        y = tl.where(x < -87.3, 0.0, p * float_bits((bits << 23) + 0x3F800000))
     return y
 
 
@@ -105,7 +131,7 @@ def log_normal(x, correction, extra_exponent):
     b = int_bits(x)
     k = (b - 0x3F3504F3) >> 23  # the mantissa in [√½, √2): ln m ≈ 0 where x ≈ 1
     f = float_bits(b - (k << 23)) - 1.0
-    n = k.to(tl.float32) + extra_exponent
+    n = to_float(k) + extra_exponent
     f2 = f * f
     c = (
         -0.24999988079071045,
@@ -139,19 +165,29 @@ def log(x):
 
 
 @triton.jit
-def divide(a, b):
-    """a / b, correctly rounded: `/` is an approximation on a GPU, in float32."""
-    y = a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
-    return y
+def reciprocal(d):
+    """1 / d for d in [1, 2]: one step of Newton's after `/`, without the branches of tl.div_rn."""
+    r = 1.0 / d
+    return tl.fma(r, tl.fma(-d, r, 1.0), r)
 
 
 @triton.jit
 def log1p(x):
     """ln(1 + x); the rounding of 1 + x is put back through ln(u + c) ≈ ln u + c / u."""
     u = 1.0 + x
-    correction = tl.where(u > 0, divide(x - (u - 1.0), tl.where(u > 0, u, 1.0)), 0.0)
+    correction = tl.where(u > 0, (x - (u - 1.0)) / tl.where(u > 0, u, 1.0), 0.0)
     y = tl.log(u) + correction if x.dtype == tl.float64 else log_plus(u, correction)
     return tl.where(u == 1.0, x, y)
+
+
+@triton.jit
+def sqrt(x):
+    """√x, correctly rounded for normal x, and for 0: what PTX's sqrt.rn does before its slow path
+    for other numbers, whose branches and calls cost registers."""
+    y = tl.rsqrt(x)
+    s = x * y
+    s = tl.fma(tl.fma(-s, s, x), 0.5 * y, s)
+    return tl.where(x > 0, s, x)
 
 
 @triton.jit
@@ -167,16 +203,13 @@ def floored_logs(p, floor):
 
 @triton.jit
 def logistic(x):
-    """ln σ(x), ln σ(−x), σ(x), σ(−x), from one exp and one division; ≤ 2.5 ULP each."""
-    e = exp(-tl.abs(x))
+    """−ln σ(|x|), σ(x), σ(−x), from one exp and one division; ≤ 2.5 ULP each."""
+    e = exp_negative(-tl.abs(x))
     tail = log1p_unit(e)
-    big = divide(1.0, 1.0 + e)
+    big = reciprocal(1.0 + e)
     small = e * big
-    below = tl.where(x > 0, 0.0, x)  # keeps NaN
-    above = tl.where(x < 0, 0.0, x)
     positive = x >= 0
-    p, q = tl.where(positive, big, small), tl.where(positive, small, big)
-    return below - tail, -above - tail, p, q
+    return tail, tl.where(positive, big, small), tl.where(positive, small, big)
 
 
 @triton.jit
@@ -230,14 +263,13 @@ def phi_expm1(d):
 @triton.jit
 def sincospi(t):
     """sin(πt), cos(πt) for t in [−1, 1]; float32; absolute error about 1e-7."""
-    q = round_even(t + t)
+    q, k = round_even(t + t)
     r = tl.fma(q, -0.5, t)  # exact; in [−¼, ¼]
     r2 = r * r
     cs = (-5.167707920074463, 2.5497610569000244, -0.5890122056007385)
     cc = (-4.934802055358887, 4.058706760406494, -1.3350359201431274, 0.23126092553138733)
     s = r * polynomial(r2, 3.1415927410125732, cs)
     c = polynomial(r2, 1.0, cc)
-    k = q.to(tl.int32)
     odd = (k & 1) == 1  # a quarter turn swaps the two
     sin = int_bits(tl.where(odd, c, s)) ^ ((k & 2) << 30)
     cos = int_bits(tl.where(odd, s, c)) ^ (((k + 1) & 2) << 30)

@@ -7,14 +7,14 @@ counter's four normals the (i mod 64) div 16-th.
 import triton
 import triton.language as tl
 
-from fastvae._triton.math import log_normal, sincospi
+from fastvae._triton.math import log_normal, sincospi, sqrt
 
 
 @triton.jit
 def box_muller(a, b):
     """Two normals from two words; u has 31 bits and is never 0, so the tail reaches 6.66σ."""
     u = tl.fma((a >> 1).to(tl.int32).to(tl.float32), 2.0**-31, 2.0**-32)
-    radius = tl.sqrt_rn(-2.0 * log_normal(u, 0.0, 0.0))
+    radius = sqrt(-2.0 * log_normal(u, 0.0, 0.0))
     sin, cos = sincospi(b.to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-31)
     return radius * cos, radius * sin
 
@@ -29,18 +29,18 @@ def words(seed, counter):
 
 
 @triton.jit
-def columns(start, TILE: tl.constexpr, FOUR: tl.constexpr, INDEX: tl.constexpr):
+def columns(start, TILE: tl.constexpr, FOUR: tl.constexpr):
     """The columns from `start` that `normals` fills, as a tuple of vectors.
 
     FOUR: a counter's four normals are 16 elements apart, so a thread that draws 4 neighbouring
     counters holds four runs of 4 neighbours: vector loads without a shuffle.
     """
     if FOUR:
-        q = tl.arange(0, TILE // 4).to(INDEX)
+        q = tl.arange(0, TILE // 4)
         first = start + 64 * (q // 16) + q % 16
         return first, first + 16, first + 32, first + 48
     else:  # noqa: RET505
-        return (start + tl.arange(0, TILE).to(INDEX),)
+        return (start + tl.arange(0, TILE),)
 
 
 @triton.jit

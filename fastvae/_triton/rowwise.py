@@ -30,6 +30,22 @@ def number(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def widen(value, dtype: tl.constexpr):
+    """To the compute type; 16-bit floats by way of float32, as the interpreter has no other."""
+    if value.dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(dtype)
+
+
+@triton.jit
+def narrow(value, pointer):
+    """To what the pointer points to."""
+    if pointer.dtype.element_ty.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(pointer.dtype.element_ty)
+
+
+@triton.jit
 def row_of(row, batch, BATCHED: tl.constexpr):
     """Which row of an operand belongs to this row: one stored per sample serves all K draws."""
     return row % batch if BATCHED else row
@@ -45,7 +61,7 @@ def rowwise_kernel(
     weight_stride,
     scale,
     constants,
-    grads,  # pointers, of the inputs that NEED one: dense, or summed along the row
+    grads,  # one pointer per input: dense, or sums along the row [rows, splits]; or None
     value,  # [rows, splits]
     rows,
     cols,
@@ -62,9 +78,9 @@ def rowwise_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    program = tl.program_id(0).to(INDEX)
-    split = program % splits
-    row = (program // splits * R + tl.arange(0, R).to(INDEX))[:, None]
+    program = tl.program_id(0)
+    split = (program % splits).to(INDEX)
+    row = ((program // splits).to(INDEX) * R + tl.arange(0, R))[:, None]
     in_rows = row < rows
     n: tl.constexpr = len(inputs)
 
@@ -73,8 +89,8 @@ def rowwise_kernel(
         fixed = fixed + (number(constants[k], COMPUTE),)
     factor = number(scale, COMPUTE)
     if weight is not None:
-        at = row_of(row, batch, BATCHED[n + 1]) * weight_stride
-        factor = factor * tl.load(weight + at, mask=in_rows, other=0.0).to(COMPUTE)
+        of_row = weight + row_of(row, batch, BATCHED[n + 1]) * weight_stride
+        factor = factor * widen(tl.load(of_row, mask=in_rows, other=0.0), COMPUTE)
 
     total = tl.zeros((R, C), COMPUTE)
     sums = ()
@@ -83,15 +99,16 @@ def rowwise_kernel(
             sums = sums + (tl.zeros((R, C), COMPUTE),)
 
     for start in range(split * chunk, tl.minimum(split * chunk + chunk, cols), C):
-        col = (start + tl.arange(0, C).to(INDEX))[None, :]
+        lane = tl.arange(0, C)[None, :]
+        col = start + lane
         valid = in_rows & (col < cols)
         x = ()
         for j in tl.static_range(n):
             at = inputs[j] + row_of(row, batch, BATCHED[j]) * strides[j]
             if PER_ROW[j]:
-                x = x + (tl.load(at, mask=in_rows, other=0.0).to(COMPUTE),)
+                x = x + (widen(tl.load(at, mask=in_rows, other=0.0), COMPUTE),)
             else:
-                x = x + (tl.load(at + col, mask=valid, other=0.0).to(COMPUTE),)
+                x = x + (widen(tl.load(at + start + lane, mask=valid, other=0.0), COMPUTE),)
         if mask is not None:
             at = mask + row_of(row, batch, BATCHED[n]) * mask_stride
             keep = tl.load(at + (col * 0 if MASK_PER_ROW else col), mask=valid, other=0)
@@ -100,30 +117,24 @@ def rowwise_kernel(
         v, g = FORMULA(x, fixed)
         total += tl.where(valid, v, 0.0)
         new = ()
-        written = 0
         for j in tl.static_range(n):
             if NEEDS[j] > 0:
                 gradient = tl.where(valid, factor * g[j], 0.0)
                 if NEEDS[j] == 2:
                     new = new + (sums[len(new)] + gradient,)
                 else:
-                    out = grads[written]
-                    at = out + row * cols + col
-                    tl.store(at, gradient.to(out.dtype.element_ty), mask=in_rows & (col < cols))
-                written += 1
+                    at = grads[j] + row * cols + start + lane
+                    tl.store(at, narrow(gradient, grads[j]), mask=in_rows & (col < cols))
         sums = new
 
-    at = row * splits + split
-    tl.store(value + at, tl.sum(total, axis=1, keep_dims=True), mask=in_rows)
-    summed = 0
-    written = 0
+    part = row * splits + split
+    tl.store(value + part, tl.sum(total, axis=1, keep_dims=True), mask=in_rows)
+    done = ()
     for j in tl.static_range(n):
-        if NEEDS[j] > 0:
-            if NEEDS[j] == 2:
-                s = tl.sum(sums[summed], axis=1, keep_dims=True)
-                tl.store(grads[written] + at, s, mask=in_rows)
-                summed += 1
-            written += 1
+        if NEEDS[j] == 2:
+            s = tl.sum(sums[len(done)], axis=1, keep_dims=True)
+            tl.store(grads[j] + part, s, mask=in_rows)
+            done = done + (j,)
 
 
 def rowwise(
@@ -144,15 +155,19 @@ def rowwise(
     row_programs = triton.cdiv(rows, height)
     split, chunk = splits(row_programs, cols, width)
 
-    kinds, outs, sums = [], [], [(value, value.new_empty(rows, split) if split > 1 else value)]
-    dense = iter(grads)
-    for need in needs:
-        out = next(dense) if need else None
-        kinds.append(0 if out is None else 1 if out.dim() == 2 else 2)
-        if kinds[-1] == 2:
-            sums.append((out, out.new_empty(rows, split) if split > 1 else out))
-        if out is not None:
-            outs.append(sums[-1][1] if kinds[-1] == 2 else out)
+    stages = []  # (result, its parts) of the rows that are split
+
+    def summed(out: Tensor) -> Tensor:
+        if split == 1:
+            return out
+        stages.append((out, out.new_empty(rows, split)))
+        return stages[-1][1]
+
+    wanted = iter(grads)
+    given = [next(wanted) if need else None for need in needs]
+    kinds = tuple(0 if g is None else 1 if g.dim() == 2 else 2 for g in given)
+    outs = tuple(summed(g) if g is not None and g.dim() == 1 else g for g in given)
+    sums = summed(value)
 
     operands = (*inputs, mask, weight)
     launch(
@@ -166,8 +181,8 @@ def rowwise(
         0 if weight is None else weight.stride(0),
         constant(scale, value.dtype),
         tuple(constant(c, value.dtype) for c in constants),
-        tuple(outs),
-        sums[0][1],
+        outs,
+        sums,
         rows,
         cols,
         batch,
@@ -175,14 +190,13 @@ def rowwise(
         split,
         FORMULA=formulas[family],
         COMPUTE=COMPUTE[value.dtype],
-        INDEX=index_type(*operands, *outs),
+        INDEX=index_type(*operands, *outs, beyond=chunk),
         PER_ROW=tuple(t.stride(1) == 0 for t in inputs),
         BATCHED=tuple(t is not None and 1 < t.shape[0] < rows for t in operands),
         MASK_PER_ROW=mask is not None and mask.stride(1) == 0,
-        NEEDS=tuple(kinds),
+        NEEDS=kinds,
         R=height,
         C=width,
     )
-    if split > 1:
-        for out, parts in sums:
-            torch.sum(parts, 1, out=out)
+    for out, parts in stages:
+        torch.sum(parts, 1, out=out)

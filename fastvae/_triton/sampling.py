@@ -42,9 +42,9 @@ def sample_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    program = tl.program_id(0).to(INDEX)
-    split = program % splits
-    row = (program // splits * R + tl.arange(0, R).to(INDEX))[:, None]
+    program = tl.program_id(0)
+    split = (program % splits).to(INDEX)
+    row = ((program // splits).to(INDEX) * R + tl.arange(0, R))[:, None]
     in_rows = row < rows
     b = row % batch  # z is [num_samples, batch]: each draw reads mu and logvar again, from L2
     first = stream(b, row // batch, cols, num_samples, sample_offset)
@@ -52,7 +52,7 @@ def sample_kernel(
 
     total = tl.zeros((R, C // 4 if FOUR else C), COMPUTE)
     for start in range(split * chunk, tl.minimum(split * chunk + chunk, cols), C):
-        at = columns(start, C, FOUR, INDEX)
+        at = columns(start, C, FOUR)
         eps = normals(key, first, start, C, FOUR)
         for j in tl.static_range(len(at)):
             col = at[j][None, :]
@@ -97,12 +97,12 @@ def sample_backward_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    program = tl.program_id(0).to(INDEX)
-    start = program % splits * chunk
-    row = (program // splits * R + tl.arange(0, R).to(INDEX))[:, None]
+    program = tl.program_id(0)
+    start = (program % splits).to(INDEX) * chunk
+    row = ((program // splits).to(INDEX) * R + tl.arange(0, R))[:, None]
     in_rows = row < batch
     key = tl.load(seed)
-    at = columns(start, C, FOUR, INDEX)
+    at = columns(start, C, FOUR)
 
     dz = ()
     eps_dz = ()
@@ -148,9 +148,10 @@ def sample_backward_kernel(
 def latent_tile(mu: Tensor, cols: int) -> tuple[bool, int, int]:
     """Whether all four normals of a counter are used, and the tile."""
     four = cols % 64 == 0
-    # A quarter of the tile is loaded at a time: 16-bit types need twice the columns for 128 bits.
-    size = {2: 2 * TILE, 4: TILE, 8: TILE // 2}[mu.element_size()]
-    return four, *tile_shape(cols, 64 if four else 1, size)
+    if not four:  # four times the work per element, and no vector loads to gain
+        return four, *tile_shape(cols, tile=TILE // 2)
+    # A quarter of the tile is loaded at a time; 128 bits of it per thread.
+    return four, *tile_shape(cols, 64, {2: 4 * TILE, 4: 2 * TILE, 8: TILE}[mu.element_size()])
 
 
 def sample_forward(
@@ -167,7 +168,9 @@ def sample_forward(
     four, height, width = latent_tile(mu, cols)
     row_programs = triton.cdiv(rows, height)
     split, chunk = splits(row_programs, cols, width)
-    parts = kl if kl is None or split == 1 else kl.new_empty(len(kl), split)
+    parts = kl
+    if kl is not None and split > 1:
+        parts = kl.new_empty(len(kl), split)
     launch(
         sample_kernel,
         row_programs * split,
@@ -186,14 +189,14 @@ def sample_forward(
         chunk,
         split,
         COMPUTE=tl.float64 if mu.dtype == torch.float64 else tl.float32,
-        INDEX=index_type(mu, logvar, z),
+        INDEX=index_type(mu, logvar, z, beyond=chunk),
         MU_COL=mu.stride(1),
         LOGVAR_COL=logvar.stride(1),
         FOUR=four,
         R=height,
         C=width,
     )
-    if kl is not None and split > 1:
+    if kl is not None and parts is not None and parts is not kl:
         torch.sum(parts, 1, out=kl)
 
 

@@ -1,18 +1,21 @@
 """Bernoulli log-likelihoods; csrc/formulas/bernoulli.h in Triton."""
 
 import triton
-import triton.language as tl  # noqa: F401  (the interpreter asks for it)
+import triton.language as tl
 
-from fastvae._triton.math import divide, floored_logs, logistic, maximum
+from fastvae._triton.math import floored_logs, logistic, maximum
 
 
 @triton.jit
 def bernoulli(inputs, constants):
-    """ln p(x | l) = x ln σ(l) + (1 − x) ln σ(−l)."""
+    """ln p(x | l) = x ln σ(l) + (1 − x) ln σ(−l) = (x l − max(l, 0)) + ln σ(|l|).
+
+    The fma has one rounding, and both terms one sign: nothing cancels.
+    """
     x, logits = inputs
-    not_x = 1.0 - x
-    log_p, log_q, p, q = logistic(logits)
-    return x * log_p + not_x * log_q, (logits, x * q - not_x * p)
+    tail, p, q = logistic(logits)
+    value = tl.fma(x, logits, -maximum(logits, 0.0)) - tail
+    return value, (logits, x * q - (1.0 - x) * p)
 
 
 @triton.jit
@@ -22,4 +25,4 @@ def bernoulli_probs(inputs, constants):
     (log_min,) = constants
     log_p, log_q = floored_logs(p, log_min)
     variance = maximum(p * (1.0 - p), 1e-12)
-    return x * log_p + (1.0 - x) * log_q, (log_p - log_q, divide(x - p, variance))
+    return x * log_p + (1.0 - x) * log_q, (log_p - log_q, (x - p) / variance)

@@ -1,0 +1,146 @@
+"""Every Triton kernel compiled ahead of time, for GPUs that need not be here: what it spills, how
+wide its accesses are, how many bytes it moves. Values are the interpreter's business."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvae.likelihoods import registry
+
+pytest.importorskip("triton", reason="needs Triton")
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+KERNELS = [
+    *(
+        name + suffix
+        for name in (*registry, "standard_kl", "normal_kl")
+        for suffix in ("", "+grad")
+    ),
+    "rsample",
+    "rsample_kl",
+    "rsample_kl_backward",
+    "scale_grad",
+]
+# The interpreter is chosen as kernels are built, so compiling needs processes of its own.
+COMPILING = {**os.environ, "TRITON_INTERPRET": "0"}
+artefacts = pytest.mark.parametrize("arch", ARCHS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+Rows = list[dict[str, Any]]
+
+
+def compiling(*args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *args], env=COMPILING, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
+    """{"aligned", "variants"}: the rows of the roofline report, from two processes at once."""
+    folder: Path = tmp_path_factory.mktemp("aot")
+    extra = {"aligned": [], "variants": ["--variants"]}
+    running = {
+        name: compiling("-m", "fastvae.roofline", "--json", str(folder / name), *flags)
+        for name, flags in extra.items()
+    }
+    rows = {}
+    for name, process in running.items():
+        output, _ = process.communicate()
+        assert process.returncode == 0, output[-4000:]
+        rows[name] = json.loads((folder / name).read_text())
+    return rows
+
+
+def select(rows: Rows, arch: str, dtype: str) -> Rows:
+    return [row for row in rows if row["arch"] == arch and row["dtype"] == dtype]
+
+
+@artefacts
+@dtypes
+def test_every_kernel_is_compiled(compiled: dict[str, Rows], arch: str, dtype: str) -> None:
+    assert [row["case"] for row in select(compiled["aligned"], arch, dtype)] == KERNELS
+    assert len(select(compiled["variants"], arch, dtype)) == 12
+
+
+@artefacts
+@dtypes
+@pytest.mark.parametrize("which", ["aligned", "variants"])
+def test_nothing_spills(compiled: dict[str, Rows], arch: str, dtype: str, which: str) -> None:
+    rows = select(compiled[which], arch, dtype)
+    assert {row["case"]: row["spilled_bytes"] for row in rows if row["spilled_bytes"]} == {}
+    assert all(row["registers"] > 0 for row in rows)
+
+
+@artefacts
+@dtypes
+def test_the_designed_bytes_move_in_128_bit_accesses(
+    compiled: dict[str, Rows], arch: str, dtype: str
+) -> None:
+    for row in select(compiled["aligned"], arch, dtype):
+        assert row["bytes"] == row["designed_bytes"] > 0, row["case"]
+
+
+def test_the_row_kernel_makes_one_pass(compiled: dict[str, Rows]) -> None:
+    """x and the logits in, the gradient out: three float32 numbers an element."""
+    (row,) = (
+        row
+        for row in select(compiled["aligned"], "sm_90", "float32")
+        if row["case"] == "bernoulli+grad"
+    )
+    assert row["bytes"] == 12
+    assert 20 < row["instructions"] < 106  # fewer than an H100 issues while its memory moves them
+
+
+def test_unaligned_rows_are_not_vectors(compiled: dict[str, Rows]) -> None:
+    """The other side of the test above: 785 columns can't be."""
+    (row,) = (
+        row for row in select(compiled["variants"], "sm_90", "float32") if row["case"] == "masked"
+    )
+    assert row["bytes"] == 0
+
+
+def test_spills_are_seen() -> None:
+    """The other side of that test: a tile of 16 times the size does not fit the registers."""
+    code = """
+import fastvae._triton.launch as launch, fastvae._triton.sampling as sampling
+sampling.TILE = launch.TILE = 16 * launch.TILE
+import torch
+from fastvae import roofline
+for arch in ("sm_90", "gfx942"):
+    (case,) = (c for c in roofline.cases(torch.float32) if c.name == "rsample_kl")
+    print(roofline.measure(case, arch, "float32").spilled_bytes)
+"""
+    process = compiling("-c", code)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert all(int(line) > 0 for line in output.split()), output
+    assert len(output.split()) == 2
+
+
+def test_report_says_that_it_predicts() -> None:
+    arguments = ["--arch", "sm_90", "--dtype", "bfloat16", "--case", "gaussian+grad"]
+    process = compiling("-m", "fastvae.roofline", *arguments)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "sm_90: PREDICTED for H100" in output
+    (line,) = (line for line in output.splitlines() if line.startswith("gaussian+grad"))
+    assert line.split()[1:3] == ["bfloat16", "6.0"]
+    assert "memory" in line or "issue" in line
+
+
+def test_report_refuses_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvae.roofline"],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr

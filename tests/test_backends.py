@@ -1,0 +1,124 @@
+"""Which backend serves which tensors, and what is said where none does."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import require
+
+import fastvae
+from fastvae._backends import cpp, eager, select, triton
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def plain(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the interpreter, as users are."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def no_triton(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+
+    def find_spec(name: str, *args: Any) -> Any:
+        return None if name == "triton" else find(name, *args)
+
+    monkeypatch.setattr(triton.importlib.util, "find_spec", find_spec)
+
+
+def reason(backend: str, device: torch.device) -> str:
+    """What is raised; it has one line."""
+    with pytest.raises(ValueError) as caught:
+        select(backend, device)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+def test_each_device_has_its_backend(plain: None) -> None:
+    require("cpp")
+    assert select("auto", CPU) is select("cpp", CPU) is cpp
+    assert select("auto", CUDA) is select("triton", CUDA) is triton
+    assert select("auto", torch.device("meta")) is select("eager", CPU) is eager
+    assert reason("cpp", CUDA) == "backend 'cpp' serves CPU tensors, got a tensor on cuda"
+
+
+def test_triton_takes_cpu_tensors_only_in_the_interpreter(
+    plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = reason("triton", CPU)
+    assert refused.startswith("backend 'triton' serves CUDA tensors")
+    assert "TRITON_INTERPRET=1" in refused and refused.endswith("got a tensor on cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select("triton", CPU) is triton
+    assert select("auto", CPU) is cpp
+    assert reason("triton", CUDA).endswith("got a tensor on cuda")
+    state = fastvae.backends()["triton"]
+    assert state.available and "interpreted" in state.detail
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_without_triton_the_error_says_how_to_get_it(device: torch.device, no_triton: None) -> None:
+    refused = reason("triton", device)
+    assert refused.startswith("backend 'triton' is not available: ")
+    assert "pip install 'triton" in refused
+
+
+def test_without_triton_cuda_tensors_are_not_served_by_something_slower(no_triton: None) -> None:
+    refused = reason("auto", CUDA)
+    assert "pip install 'triton" in refused and "backend='eager'" in refused
+    assert select("eager", CUDA) is eager
+    assert select("auto", CPU) is cpp
+    state = fastvae.backends()["triton"]
+    assert not state.available and "pip install 'triton" in state.detail
+
+
+def test_without_the_extension_there_is_no_triton(
+    plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = fastvae.Backend(False, "the C++ extension is not built")
+    monkeypatch.setattr(cpp, "_STATUS", absent)
+    assert absent.detail in reason("triton", CUDA)
+    assert not fastvae.backends()["triton"].available
+    assert select("auto", CUDA) is eager
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_status_without_the_interpreter(
+    cuda: bool, plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    state = fastvae.backends()["triton"]
+    assert state.available == cuda
+    assert state.detail.startswith("Triton 3.") and "CUDA" in state.detail
+
+
+def python(code: str) -> str:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.strip()
+
+
+def test_cpu_tensors_never_import_triton(native: None) -> None:
+    code = (
+        "import sys, torch, fastvae\n"
+        "mu = torch.zeros(2, 3, requires_grad=True)\n"
+        "z, kl = fastvae.rsample_kl(mu, mu)\n"
+        "fastvae.elbo_loss(z, torch.rand(2, 3), kl=kl).backward()\n"
+        "fastvae.backends()\n"
+        "try: fastvae.rsample(mu, mu, backend='triton')\n"
+        "except ValueError as e: print(e)\n"
+        "print(sorted(m for m in sys.modules if m.split('.')[0] == 'triton' or '_triton.' in m\n"
+        "             and m.startswith('fastvae')))\n"
+    )
+    refused, imported = python(code).splitlines()
+    assert refused.startswith("backend 'triton' serves CUDA tensors")
+    assert imported == "[]"
