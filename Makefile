@@ -11,8 +11,8 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 demo: $(VENV)/built
 	python examples/digits.py
 
-test: $(VENV)/built
-	python -m pytest
+test: $(VENV)/built $(VENV)/triton-3.7.1
+	OLDEST_TRITON=$(abspath $(VENV))/triton-3.7.1 python -m pytest
 
 bench: $(VENV)/built
 	python -m pytest benchmarks --benchmark-json=benchmarks/last.json
@@ -35,6 +35,9 @@ $(VENV)/installed: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet --requirement requirements-dev.txt
 	touch $@
+
+$(VENV)/triton-3.7.1: $(VENV)/installed
+	pip install --quiet --no-deps --target $@ triton==3.7.1
 
 $(VENV)/built: $(VENV)/installed $(SOURCES) setup.py pyproject.toml
 	python setup.py --quiet build_ext --inplace

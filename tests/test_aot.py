@@ -127,6 +127,32 @@ for arch in ("sm_90", "gfx942"):
     assert len(output.split()) == 2
 
 
+@pytest.mark.skipif("OLDEST_TRITON" not in os.environ, reason="`make test` installs Triton 3.7.1")
+def test_the_oldest_triton_passes(tmp_path: Path) -> None:
+    """The other end of the supported range: values of everything elbo is made of, and artefacts."""
+    path = os.pathsep.join([os.environ["OLDEST_TRITON"], os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path}
+
+    def run(*args: str, **more: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *args], env={**env, **more}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return done.stdout
+
+    assert run("-c", "import triton; print(triton.__version__)").strip() == "3.7.1"
+    tests = Path(__file__).parent
+    files = [str(tests / name) for name in ("test_triton.py", "test_elbo.py", "test_parity.py")]
+    run("-m", "pytest", "-qxp", "no:cacheprovider", "-k", "triton", *files, TRITON_INTERPRET="1")
+    out = tmp_path / "rows"
+    few = ["--arch", "sm_80", "gfx942", "--dtype", "float32", "bfloat16", "--json", str(out)]
+    run("-m", "fastvae.roofline", *few, TRITON_INTERPRET="0")
+    rows = json.loads(out.read_text())
+    assert len(rows) == 4 * len(KERNELS)
+    for row in rows:
+        assert row["spilled_bytes"] == 0 and row["bytes"] == row["designed_bytes"], row
+
+
 def test_report_says_that_it_predicts() -> None:
     arguments = ["--arch", "sm_90", "--dtype", "bfloat16", "--case", "gaussian+grad"]
     process = compiling("-m", "fastvae.roofline", *arguments)

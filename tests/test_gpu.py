@@ -63,7 +63,7 @@ def side_stream() -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(side)
 
 
-# --------------------------------------------------------------------------- graphs, streams, devices
+# ------------------------------------------------------------------------- graphs, streams, devices
 
 
 def test_a_graph_draws_fresh_noise_at_each_replay() -> None:
@@ -144,7 +144,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
     assert torch.cuda.current_device() == 0
 
 
-# ------------------------------------------------------------------------------------ synchronization
+# ---------------------------------------------------------------------------------- synchronization
 
 
 def losses(name: str) -> dict[str, Callable[[], Tensor]]:
@@ -186,7 +186,7 @@ def test_no_host_waits_for_the_device(name: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-# ----------------------------------------------------------------------------- determinism, agreement
+# --------------------------------------------------------------------------- determinism, agreement
 
 
 @pytest.mark.parametrize("shape", [(5, 33), (300, 784), (4, 1_000_000)], ids=str)
@@ -230,7 +230,7 @@ def test_triton_agrees_with_eager(
     eps, last = torch.finfo(dtype).eps, len(results[0]) - 1
     for i, (got, expected) in enumerate(zip(*results, strict=True)):
         assert got.dtype == expected.dtype
-        # z and the gradient of logvar hold the noise, whose last place in float32 is a backend's own
+        # z and the gradient of logvar hold the noise: a float32, whose last place is a backend's own
         near = 16 * eps if i not in (0, last) else max(16 * eps, 64 * 2.0**-23)
         size = float(expected.abs().max())
         torch.testing.assert_close(got, expected, rtol=near, atol=near * size)
@@ -267,7 +267,7 @@ def test_opcheck_seed() -> None:
     opcheck(ops.seed.default, (torch.zeros(1, device="cuda"),), test_utils=utils)
 
 
-# ------------------------------------------------------------------------------------- large tensors
+# ------------------------------------------------------------------------------------ large tensors
 
 
 def needs(gigabytes: int) -> None:

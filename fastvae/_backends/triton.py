@@ -45,8 +45,10 @@ def status() -> Backend:
     return Backend(True, f"{version}, CUDA tensors")
 
 
-def _serving(function: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
-    """The function, with CPU tensors sent to the interpreter; for CUDA ones nothing need be said."""
+def _serving(
+    function: Callable[Concatenate[Tensor, P], T],
+) -> Callable[Concatenate[Tensor, P], T]:
+    """The function, with CPU tensors sent to the interpreter; CUDA ones go to Triton anyway."""
 
     @functools.wraps(function)
     def served(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -78,12 +78,16 @@ class Artefact:
         return Counter(a for a in found if a is not None)
 
     def issued(self, instructions: list[Instruction]) -> float:
-        """Issue slots per thread: scalar instructions of a wave have their own."""
-        return sum(0.0 if free(i.name) else 1.0 for i in instructions)
+        """Issue slots per thread."""
+        return sum(slots(i.name) for i in instructions)
 
 
-def free(name: str) -> bool:
-    return name in ("NOP", "s_nop") or name.startswith("s_")
+def slots(name: str) -> float:
+    """How many issue slots an instruction takes."""
+    if name == "NOP" or name.startswith("s_"):  # a wave's scalar instructions have their own
+        return 0.0
+    # NVIDIA has half as many units for float64 as for float32.
+    return 2.0 if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)", name) else 1.0
 
 
 _AMD_WIDTHS = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2}

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae._triton.launch import COMPUTE, constant, index_type, launch, splits, tile_shape
+from fastvae._triton.launch import compute_type, constant, index_type, launch, splits, tile_shape
 from fastvae._triton.rowwise import number
 
 BLOCK = 1024
@@ -135,7 +135,6 @@ def scale_grad(
     height, width = tile_shape(cols)
     row_programs = triton.cdiv(rows, height)
     split, chunk = splits(row_programs, cols, width)
-    compute = torch.promote_types(grad.dtype, torch.float32)
     launch(
         scale_grad_kernel,
         row_programs * split,
@@ -146,7 +145,7 @@ def scale_grad(
         cols,
         chunk,
         split,
-        COMPUTE=COMPUTE[compute],
+        COMPUTE=compute_type(grad.dtype),
         INDEX=index_type(grad, beyond=chunk),
         R=height,
         C=width,

@@ -24,7 +24,10 @@ THREADS = 128
 TILE = 1024
 PROGRAMS = 1024
 
-COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+def compute_type(*dtypes: torch.dtype) -> Any:
+    """What the kernel computes in."""
+    return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
 def tile_shape(cols: int, least: int = 1, tile: int = TILE) -> tuple[int, int]:

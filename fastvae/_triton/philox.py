@@ -39,7 +39,7 @@ def columns(start, TILE: tl.constexpr, FOUR: tl.constexpr):
         q = tl.arange(0, TILE // 4)
         first = start + 64 * (q // 16) + q % 16
         return first, first + 16, first + 32, first + 48
-    else:  # noqa: RET505
+    else:
         return (start + tl.arange(0, TILE),)
 
 
@@ -56,7 +56,7 @@ def normals(seed, row, start, TILE: tl.constexpr, FOUR: tl.constexpr):
         n0, n1 = box_muller(w0, w1)
         n2, n3 = box_muller(w2, w3)
         return n0, n1, n2, n3
-    else:  # noqa: RET505
+    else:
         i = row + start + tl.arange(0, TILE)[None, :]
         w0, w1, w2, w3 = words(seed, (i >> 6 << 4) | (i & 15))
         which = (i >> 4) & 3

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastvae._triton.formulas import formulas
 from fastvae._triton.launch import (
-    COMPUTE,
     TILE,
+    compute_type,
     constant,
     index_type,
     launch,
@@ -189,7 +189,7 @@ def rowwise(
         chunk,
         split,
         FORMULA=formulas[family],
-        COMPUTE=COMPUTE[value.dtype],
+        COMPUTE=compute_type(value.dtype),
         INDEX=index_type(*operands, *outs, beyond=chunk),
         PER_ROW=tuple(t.stride(1) == 0 for t in inputs),
         BATCHED=tuple(t is not None and 1 < t.shape[0] < rows for t in operands),

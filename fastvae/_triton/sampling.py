@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae._triton.formulas.latent import sample, sample_dlogvar, standard_kl
-from fastvae._triton.launch import COMPUTE, TILE, index_type, launch, splits, tile_shape
+from fastvae._triton.launch import TILE, compute_type, index_type, launch, splits, tile_shape
 from fastvae._triton.philox import columns, normals
 
 
@@ -188,7 +188,7 @@ def sample_forward(
         sample_offset,
         chunk,
         split,
-        COMPUTE=tl.float64 if mu.dtype == torch.float64 else tl.float32,
+        COMPUTE=compute_type(mu.dtype),
         INDEX=index_type(mu, logvar, z, beyond=chunk),
         MU_COL=mu.stride(1),
         LOGVAR_COL=logvar.stride(1),
@@ -235,7 +235,7 @@ def sample_backward(
         sample_offset,
         width,
         split,
-        COMPUTE=tl.float64 if mu.dtype == torch.float64 else tl.float32,
+        COMPUTE=compute_type(mu.dtype),
         INDEX=index_type(mu, logvar, grad_z, grad_mu),
         GRAD_Z_COL=0 if grad_z is None else grad_z.stride(1),
         MU_COL=mu.stride(1),
