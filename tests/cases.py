@@ -25,6 +25,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "odd_17": (3, 17),
     "odd_33": (5, 33),
     "odd_1025": (3, 1025),
+    "odd_5001": (2, 5001),  # several programs a row on a GPU
     "odd_70001": (2, 70001),  # several blocks a row; 64 accumulators have over 1000 terms each
     "many_rows": (2049, 5),  # more rows than one thread's grain
     "image": (3, 3, 5, 7),

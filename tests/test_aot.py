@@ -48,7 +48,8 @@ def compiling(*args: str) -> subprocess.Popen[str]:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
     """{"aligned", "variants"}: the rows of the roofline report, from two processes at once."""
     folder: Path = tmp_path_factory.mktemp("aot")
-    extra = {"aligned": [], "variants": ["--variants"]}
+    few = [d for d in DTYPES if d != "float16"]  # compiles as bfloat16 does
+    extra = {"aligned": [], "variants": ["--variants", "--dtype", *few]}
     running = {
         name: compiling("-m", "fastvae.roofline", "--json", str(folder / name), *flags)
         for name, flags in extra.items()
@@ -69,7 +70,7 @@ def select(rows: Rows, arch: str, dtype: str) -> Rows:
 @dtypes
 def test_every_kernel_is_compiled(compiled: dict[str, Rows], arch: str, dtype: str) -> None:
     assert [row["case"] for row in select(compiled["aligned"], arch, dtype)] == KERNELS
-    assert len(select(compiled["variants"], arch, dtype)) == 12
+    assert len(select(compiled["variants"], arch, dtype)) == (0 if dtype == "float16" else 12)
 
 
 @artefacts
@@ -110,10 +111,10 @@ def test_unaligned_rows_are_not_vectors(compiled: dict[str, Rows]) -> None:
 
 
 def test_spills_are_seen() -> None:
-    """The other side of that test: a tile of 16 times the size does not fit the registers."""
+    """The other side of that test: a tile of 8 times the size does not fit the registers."""
     code = """
 import fastvae._triton.launch as launch, fastvae._triton.sampling as sampling
-sampling.TILE = launch.TILE = 16 * launch.TILE
+sampling.TILE = launch.TILE = 8 * launch.TILE
 import torch
 from fastvae import roofline
 for arch in ("sm_90", "gfx942"):

@@ -1,7 +1,7 @@
 """What only a CUDA device shows: graphs, streams, devices, synchronization, large tensors.
 
-That the values are right there, too, is what the `backend` fixture tests; that the noise has the
-C++ kernels' bits, and what the vocabulary's errors are, test_triton.py tests there.
+With one, other tests run there too: those with the `backend` fixture (values and gradients against
+the reference) and those with `triton_device` (opcheck, the noise's bits, the vocabulary's errors).
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import pytest
 import torch
 from cases import DTYPES, FAMILIES, Family, upstream_like
 from conftest import GPU
-from test_ops import operator_calls
 from torch import Tensor
-from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastvae
@@ -230,7 +228,7 @@ def test_triton_agrees_with_eager(
     eps, last = torch.finfo(dtype).eps, len(results[0]) - 1
     for i, (got, expected) in enumerate(zip(*results, strict=True)):
         assert got.dtype == expected.dtype
-        # z and the gradient of logvar hold the noise: a float32, whose last place is a backend's own
+        # z and logvar's gradient hold the noise: a float32 whose last place is a backend's own
         near = 16 * eps if i not in (0, last) else max(16 * eps, 64 * 2.0**-23)
         size = float(expected.abs().max())
         torch.testing.assert_close(got, expected, rtol=near, atol=near * size)
@@ -254,17 +252,6 @@ def test_compiled_draws_and_differentiates_alike() -> None:
     assert torch.equal(results[0][0], results[1][0])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("name", operator_calls())
-def test_opcheck(name: str) -> None:
-    op, args = operator_calls("cuda")[name]
-    opcheck(op.default, args)
-
-
-def test_opcheck_seed() -> None:
-    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(ops.seed.default, (torch.zeros(1, device="cuda"),), test_utils=utils)
 
 
 # ------------------------------------------------------------------------------------ large tensors

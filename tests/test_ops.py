@@ -74,8 +74,8 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", operator_calls())
-def test_opcheck_interpreted(name: str, interpreted: None) -> None:
-    op, args = operator_calls()[name]
+def test_opcheck_of_the_triton_kernels(name: str, triton_device: str) -> None:
+    op, args = operator_calls(triton_device)[name]
     opcheck(op.default, args)
 
 
@@ -83,6 +83,11 @@ def test_opcheck_seed() -> None:
     # Its value is random: the two runs that test_aot_dispatch compares can't agree.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(ops.seed.default, (torch.zeros(1),), test_utils=utils)
+
+
+def test_opcheck_seed_where_triton_runs(triton_device: str) -> None:
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(ops.seed.default, (torch.zeros(1, device=triton_device),), test_utils=utils)
 
 
 def test_every_operator_is_checked() -> None:

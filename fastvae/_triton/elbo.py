@@ -7,13 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae._triton.launch import compute_type, constant, index_type, launch, splits, tile_shape
+from fastvae._triton.launch import (
+    cdiv,
+    compute_type,
+    constant,
+    index_type,
+    launch,
+    splits,
+    tile_shape,
+)
 from fastvae._triton.rowwise import number
 
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["batch", "num_samples"])
+@triton.jit(do_not_specialize=["beta", "scale", "batch", "num_samples"])
 def elbo_reduce_kernel(
     log_likelihood,  # [num_samples, batch]
     kl,
@@ -70,7 +78,7 @@ def elbo_reduce(
     """
     batch = kl.shape[0]
     num_samples = log_likelihood.shape[0] if log_likelihood.dim() == 2 else 1
-    programs = max(triton.cdiv(batch, BLOCK), 1)
+    programs = max(cdiv(batch, BLOCK), 1)
     reduced = loss_out is None or loss_out.dim() == 0
     if batch == 0 and not reduced:
         return
@@ -133,7 +141,7 @@ def scale_grad(
     """grad *= factor, row by row, in place; rows whose factor is 1 are not touched."""
     rows, cols = grad.shape
     height, width = tile_shape(cols)
-    row_programs = triton.cdiv(rows, height)
+    row_programs = cdiv(rows, height)
     split, chunk = splits(row_programs, cols, width)
     launch(
         scale_grad_kernel,
@@ -146,7 +154,7 @@ def scale_grad(
         chunk,
         split,
         COMPUTE=compute_type(grad.dtype),
-        INDEX=index_type(grad, beyond=chunk),
+        INDEX=index_type(grad, beyond=cols + chunk),
         R=height,
         C=width,
     )

@@ -95,12 +95,12 @@ def exp(x):
 
 @triton.jit
 def exp_negative(x):
-    """e^x for x ≤ 0; ≤ 1.2 ULP; 0 below −87.3, where it would be subnormal."""
+    """e^x for x ≤ 0; ≤ 1.2 ULP; 0 below ln 2⁻¹²⁶, where it would be subnormal."""
     if x.dtype == tl.float64:
         y = tl.exp(x)
     else:
         p, bits = exp_parts(x)
-        y = tl.where(x < -87.3, 0.0, p * float_bits((bits << 23) + 0x3F800000))
+        y = tl.where(x < -87.33654, 0.0, p * float_bits((bits << 23) + 0x3F800000))
     return y
 
 
@@ -182,8 +182,9 @@ def log1p(x):
 
 @triton.jit
 def sqrt(x):
-    """√x, correctly rounded for normal x, and for 0: what PTX's sqrt.rn does before its slow path
-    for other numbers, whose branches and calls cost registers."""
+    """√x, correctly rounded, for 0 and from 2⁻¹⁰⁰: what NVIDIA's sqrt.rn compiles to (MUFU.RSQ, two
+    FMUL, two FFMA) without its slow path for other numbers, whose call costs registers. With an
+    rsqrt that is off by a last place (AMD's may be), 3 of 2²⁴ roots are too."""
     y = tl.rsqrt(x)
     s = x * y
     s = tl.fma(tl.fma(-s, s, x), 0.5 * y, s)
@@ -203,7 +204,8 @@ def floored_logs(p, floor):
 
 @triton.jit
 def logistic(x):
-    """−ln σ(|x|), σ(x), σ(−x), from one exp and one division; ≤ 2.5 ULP each."""
+    """−ln σ(|x|), σ(x), σ(−x), from one exp and one division; ≤ 2.5 ULP each, or 0 where
+    subnormal."""
     e = exp_negative(-tl.abs(x))
     tail = log1p_unit(e)
     big = reciprocal(1.0 + e)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvae._triton.formulas import formulas
 from fastvae._triton.launch import (
     TILE,
+    cdiv,
     compute_type,
     constant,
     index_type,
@@ -152,7 +153,7 @@ def rowwise(
     """Fills value and grads. Rows that are split are summed in a second stage, in a fixed order."""
     rows, cols = value.numel(), inputs[0].shape[1]
     height, width = tile_shape(cols, tile=TILE if value.dtype == torch.float32 else TILE // 2)
-    row_programs = triton.cdiv(rows, height)
+    row_programs = cdiv(rows, height)
     split, chunk = splits(row_programs, cols, width)
 
     stages = []  # (result, its parts) of the rows that are split
@@ -190,7 +191,7 @@ def rowwise(
         split,
         FORMULA=formulas[family],
         COMPUTE=compute_type(value.dtype),
-        INDEX=index_type(*operands, *outs, beyond=chunk),
+        INDEX=index_type(*operands, *outs, value, beyond=cols + chunk),
         PER_ROW=tuple(t.stride(1) == 0 for t in inputs),
         BATCHED=tuple(t is not None and 1 < t.shape[0] < rows for t in operands),
         MASK_PER_ROW=mask is not None and mask.stride(1) == 0,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae._triton.formulas.latent import sample, sample_dlogvar, standard_kl
-from fastvae._triton.launch import TILE, compute_type, index_type, launch, splits, tile_shape
+from fastvae._triton.launch import TILE, cdiv, compute_type, index_type, launch, splits, tile_shape
 from fastvae._triton.philox import columns, normals
 
 
@@ -166,7 +166,7 @@ def sample_forward(
     """Fills z and kl."""
     rows, cols = z.shape
     four, height, width = latent_tile(mu, cols)
-    row_programs = triton.cdiv(rows, height)
+    row_programs = cdiv(rows, height)
     split, chunk = splits(row_programs, cols, width)
     parts = kl
     if kl is not None and split > 1:
@@ -189,7 +189,7 @@ def sample_forward(
         chunk,
         split,
         COMPUTE=compute_type(mu.dtype),
-        INDEX=index_type(mu, logvar, z, beyond=chunk),
+        INDEX=index_type(mu, logvar, z, beyond=cols + chunk),
         MU_COL=mu.stride(1),
         LOGVAR_COL=logvar.stride(1),
         FOUR=four,
@@ -214,10 +214,10 @@ def sample_backward(
     """Fills grad_mu and grad_logvar. A program has one tile, and loops over the draws."""
     batch, cols = grad_mu.shape
     four, height, width = latent_tile(mu, cols)
-    split = triton.cdiv(cols, width)
+    split = cdiv(cols, width)
     launch(
         sample_backward_kernel,
-        triton.cdiv(batch, height) * split,
+        cdiv(batch, height) * split,
         grad_z,
         grad_kl,
         mu,
