@@ -9,7 +9,6 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -94,6 +93,8 @@ def launch(kernel: Any, programs: int, *args: Any, **constexprs: Any) -> None:
     if _launcher is not None:
         _launcher(kernel, programs, *args, **constexprs)
     elif interpreting():
+        import numpy as np  # the interpreter's dependency, not ours
+
         with np.errstate(all="ignore"):
             kernel[(programs,)](*args, **constexprs)
     else:

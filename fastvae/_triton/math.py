@@ -1,10 +1,10 @@
 """The kernels' vocabulary: csrc/cpu/vec.h in Triton, operation by operation.
 
-float32: the same polynomials, from +, −, × and fma alone. So the bounds in
-ULP of csrc/cpu/vec.h hold here too, a GPU computes what the interpreter does, and the noise has
-the C++ kernels' bits. Triton's own exp and log are the hardware's approximations, which no
-interpreter shows: exp(−80) is off by tens of ULP. `/` and rsqrt
-are too, by 2 ULP (PTX ISA: div.full, rsqrt.approx): they are mended, or used where that may be.
+float32: the same polynomials, from +, −, × and fma alone. So the bounds in ULP hold on a GPU as in
+the interpreter, and the noise has the C++ kernels' bits. Triton's own exp and log are the
+hardware's approximations, which no interpreter shows: exp(−80) is off by tens of ULP. `/` and
+rsqrt are too, by 2 ULP (PTX ISA: div.full, rsqrt.approx): they are mended, or used where that may
+be.
 float64: Triton's exp and log; the rest is built on them.
 """
 
