@@ -86,6 +86,7 @@ def extension() -> dict:
     sources = [
         "ops",
         "common",
+        "memory",
         "rowwise",
         "rsample",
         "kl_divergence",

@@ -33,12 +33,14 @@ inline FlooredLogsTensor floored_logs(const Tensor& p, const Tensor& floor) {
   return {exact_p + (log_p - log_p.detach()), exact_q + (log_q - log_q.detach())};
 }
 
-struct LogisticTensor {
-  Tensor log_p, log_q, p, q;
+struct LogLogisticTensor {
+  Tensor value, odds, slope;
 };
 
-inline LogisticTensor logistic(const Tensor& l) {
-  return {at::log_sigmoid(l), at::log_sigmoid(-l), at::sigmoid(l), at::sigmoid(-l)};
+// x ln σ(l) + (1 − x) ln σ(−l), all of it in `value`, and its derivative by l.
+inline LogLogisticTensor log_logistic(const Tensor& x, const Tensor& l) {
+  return {x * at::log_sigmoid(l) + (1 - x) * at::log_sigmoid(-l), Tensor(),
+          x * at::sigmoid(-l) - (1 - x) * at::sigmoid(l)};
 }
 
 struct PhiExpm1Tensor {

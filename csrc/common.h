@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "cpu/kernels.h"
+#include "memory.h"
 
 namespace fastvae {
 
@@ -93,11 +94,28 @@ inline Tensor matrix(const RowOperand& r, int64_t cols) {
 // contiguous or one repeated element.
 RowOperand as_rows(const Tensor& t, int64_t lead);
 
+// out[r] = Σ over the chunks of row r, in order, of every `step`-th partial sum.
+void sum_chunks(const double* partial, int64_t chunks, int64_t step, const Tensor& out);
+
 inline int64_t product(at::IntArrayRef sizes) { return c10::multiply_integers(sizes); }
 
 // Sums a gradient to the shape of the input it belongs to, in that input's dtype.
 inline Tensor reduce_to(const Tensor& grad, const Tensor& input) {
+  if (grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type()) return grad;
   return at::sum_to(grad, input.sizes()).to(input.scalar_type());
+}
+
+// Calls fn with a pointer to the elements of a contiguous floating tensor.
+template <class Fn>
+void with_values(const Tensor& t, Fn&& fn) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.scalar_type(), "fastvae",
+                                  [&] { fn(t.const_data_ptr<scalar_t>()); });
+}
+
+inline double scalar_value(const Tensor& t) {
+  double value = 0;
+  with_values(t, [&](const auto* p) { value = static_cast<double>(*p); });
+  return value;
 }
 
 // [rows...] with `n` trailing dimensions of one, to multiply [rows..., event...].

@@ -22,12 +22,6 @@ double row_scale(Reduction reduction, int64_t batch) {
   return reduction == Reduction::mean ? 1.0 / std::max<int64_t>(batch, 1) : 1.0;
 }
 
-template <class Fn>
-void with_values(const Tensor& t, Fn&& fn) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.scalar_type(), "fastvae_elbo",
-                                  [&] { fn(t.const_data_ptr<scalar_t>()); });
-}
-
 // (loss, log-likelihood, kl), each Σ_b c w_b (…)_b, or per sample for "none"; K is averaged over.
 std::tuple<Tensor, Tensor, Tensor> elbo_reduce_fused(const Tensor& log_likelihood, const Tensor& kl,
                                                      const OptTensor& weight, double beta,
@@ -49,9 +43,10 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce_fused(const Tensor& log_likelihoo
                 samples = log_likelihood.dim() == 2 ? log_likelihood.size(0) : 1;
   const auto type =
       at::promote_types(compute_type(log_likelihood.scalar_type()), compute_type(kl.scalar_type()));
-  const auto options = log_likelihood.options().dtype(type);
   const bool none = reduction == Reduction::none;
-  auto make = [&] { return none ? at::empty({batch}, options) : at::zeros({}, options); };
+  auto make = [&] {
+    return empty(none ? kl.sizes() : at::IntArrayRef(), type, log_likelihood.device());
+  };
   const std::tuple<Tensor, Tensor, Tensor> out{make(), make(), make()};
   if (triton::serves(kl)) {
     triton::elbo_reduce(log_likelihood.contiguous(), kl.contiguous(),
@@ -104,6 +99,28 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce(const Tensor& log_likelihood, con
   return op.call(log_likelihood, kl, weight, beta, reduction);
 }
 
+// d(loss) / d(kl): upstream · kl_scale · weight, [batch].
+Tensor kl_gradient(const Call& call, const Tensor& upstream, int64_t batch, bool graph) {
+  // Differentiable, traced or on a GPU: as ops; else in one loop, for a small step feels each op.
+  if (graph || !is_plain(upstream) || triton::serves(upstream))
+    return call.weighted(upstream, call.kl_scale).expand({batch}).to(call.kl_type);
+  std::vector<double> factor(batch, call.kl_scale);
+  auto times = [&](const Tensor& t) {
+    with_values(t.contiguous(), [&](const auto* p) {
+      const int64_t step = t.dim() == 0 ? 0 : 1;
+      for (int64_t b = 0; b < batch; ++b) factor[b] *= static_cast<double>(p[b * step]);
+    });
+  };
+  times(upstream);
+  if (call.weight) times(*call.weight);
+  const Tensor grad = empty({batch}, call.kl_type, at::kCPU);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, call.kl_type, "fastvae_elbo", [&] {
+    auto* out = grad.mutable_data_ptr<scalar_t>();
+    for (int64_t b = 0; b < batch; ++b) out[b] = static_cast<scalar_t>(factor[b]);
+  });
+  return grad;
+}
+
 // The parts leave through `parts`: a Function with outputs marked as not differentiable is one that
 // compiled autograd refuses.
 struct Elbo : torch::autograd::Function<Elbo> {
@@ -114,7 +131,6 @@ struct Elbo : torch::autograd::Function<Elbo> {
     const Tensor value = forward_and_save(ctx, inputs, call);
     auto [loss, ll, kl_out] = elbo_reduce(value, kl, call.weight, beta, reduction);
     *parts = {ll, kl_out};
-    ctx->saved_data["kl_type"] = static_cast<int64_t>(kl.scalar_type());
     return loss;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
@@ -124,9 +140,8 @@ struct Elbo : torch::autograd::Function<Elbo> {
     variable_list grads(count + 5);
     if (!upstream[0].defined()) return grads;
     if (ctx->needs_input_grad(count)) {
-      const auto type = static_cast<at::ScalarType>(ctx->saved_data["kl_type"].toInt());
-      const Tensor kl_grad = saved.call.weighted(upstream[0], saved.call.kl_scale);
-      grads[count] = kl_grad.expand({saved.inputs[0].size(0)}).to(type);
+      const bool graph = needs_composite_backward({upstream[0]}, {});
+      grads[count] = kl_gradient(saved.call, upstream[0], saved.inputs[0].size(0), graph);
     }
     auto input_grads = likelihood_grads(saved, upstream[0]);
     std::move(input_grads.begin(), input_grads.end(), grads.begin());
@@ -166,6 +181,7 @@ Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
   call.weight = weight;
   call.scale = -c / static_cast<double>(samples);
   call.kl_scale = c * beta;
+  call.kl_type = kl.scalar_type();
   std::pair<Tensor, Tensor> parts;
   const Tensor loss =
       Elbo::apply(at::TensorList(inputs), kl, call, beta, std::string(reduction), &parts);

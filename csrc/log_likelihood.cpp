@@ -35,8 +35,8 @@ std::tuple<Tensor, std::vector<Tensor>> run_forward(const Call& call, at::Tensor
                                                     const Needs& wanted) {
   std::array<bool, max_inputs> needs{};
   std::copy(wanted.begin(), wanted.end(), needs.begin());
-  return log_likelihood_forward(inputs[0], inputs.slice(1), call.family, call.spec.options,
-                                call.mask, weight, scale, needs);
+  return log_likelihood_forward(inputs[0], inputs.slice(1), formula_name(call.spec.family),
+                                call.spec.options, call.mask, weight, scale, needs);
 }
 
 }  // namespace
@@ -44,7 +44,6 @@ std::tuple<Tensor, std::vector<Tensor>> run_forward(const Call& call, at::Tensor
 Call make_call(at::TensorList inputs, c10::string_view family, at::ArrayRef<double> options,
                const OptTensor& mask) {
   Call call;
-  call.family = std::string(family);
   call.spec = make_spec(family, options, inputs.size());
   call.mask = mask;
   call.needs.assign(inputs.size(), false);
@@ -64,33 +63,32 @@ Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call&
   saved.push_back(call.weight.value_or(Tensor()));
   saved.insert(saved.end(), grads.begin(), grads.end());
   ctx->save_for_backward(std::move(saved));
-  int64_t needs = 0;
-  for (size_t j = 0; j < inputs.size(); ++j) needs |= int64_t{call.needs[j]} << j;
-  ctx->saved_data["family"] = call.family;
-  ctx->saved_data["inputs"] = static_cast<int64_t>(inputs.size());
-  ctx->saved_data["needs"] = needs;
+  // What differs from step to step stands alone, so that compiled autograd makes it an argument;
+  // the rest in one entry, for each costs an allocation.
+  std::vector<double> fixed{static_cast<double>(call.spec.family),
+                            static_cast<double>(inputs.size()), static_cast<double>(call.recompute),
+                            static_cast<double>(call.kl_type)};
+  fixed.insert(fixed.end(), call.needs.begin(), call.needs.end());
+  fixed.insert(fixed.end(), call.spec.options.begin(), call.spec.options.end());
+  ctx->saved_data["call"] = std::move(fixed);
   ctx->saved_data["scale"] = call.scale;
   ctx->saved_data["kl_scale"] = call.kl_scale;
-  ctx->saved_data["recompute"] = call.recompute;
-  for (size_t k = 0; k < call.spec.options.size(); ++k)
-    ctx->saved_data["option" + std::to_string(k)] = call.spec.options[k];
   return value;
 }
 
 Saved load_saved(AutogradContext* ctx) {
   Saved saved;
   Call& call = saved.call;
-  auto& data = ctx->saved_data;
-  const auto count = static_cast<size_t>(data["inputs"].toInt());
-  call.family = data["family"].toStringRef();
-  std::vector<double> options;
-  for (size_t k = 0; data.count("option" + std::to_string(k)); ++k)
-    options.push_back(data["option" + std::to_string(k)].toDouble());
-  call.spec = make_spec(call.family, options, count);
-  for (size_t j = 0; j < count; ++j) call.needs.push_back(data["needs"].toInt() >> j & 1);
-  call.scale = data["scale"].toDouble();
-  call.kl_scale = data["kl_scale"].toDouble();
-  call.recompute = data["recompute"].toBool();
+  const auto fixed = ctx->saved_data["call"].toDoubleVector();
+  call.spec.family = static_cast<Family>(fixed[0]);
+  const auto count = static_cast<size_t>(fixed[1]);
+  call.recompute = fixed[2] != 0;
+  call.kl_type = static_cast<at::ScalarType>(fixed[3]);
+  const auto needs = fixed.begin() + 4, options = needs + count;
+  call.needs.assign(needs, options);
+  call.spec.options.assign(options, fixed.end());
+  call.scale = ctx->saved_data["scale"].toDouble();
+  call.kl_scale = ctx->saved_data["kl_scale"].toDouble();
   variable_list tensors = ctx->get_saved_variables();
   saved.inputs.assign(tensors.begin(), tensors.begin() + count);
   if (tensors[count].defined()) call.mask = tensors[count];
@@ -135,7 +133,7 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
   } else {
     const bool plain = is_plain(upstream), gpu = triton::serves(upstream);
     // On a GPU the kernel looks whether the factor is one: the host would have to wait for it.
-    const bool one = plain && !gpu && upstream.dim() == 0 && upstream.item<double>() == 1.0;
+    const bool one = plain && !gpu && upstream.dim() == 0 && scalar_value(upstream) == 1.0;
     const int64_t event = saved.inputs[0].dim() - 1;
     const Tensor factor = unsqueeze_event(upstream, event);
     for (const Tensor& grad : saved.grads) {

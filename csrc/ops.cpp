@@ -58,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   m.def("likelihoods", &fastvae::likelihood_names);
+  m.def("empty_cache", &fastvae::empty_cache);
   m.def("interpret", &fastvae::triton::set_interpreting, py::arg("on"),
         "Whether this thread's CPU tensors go to Triton's interpreter; returns what was before.");
   m.def(

@@ -20,12 +20,12 @@ Tensor kl_divergence_composite(const Tensor& mu, const Tensor& logvar, const Opt
 
 // What a call needs besides its differentiable inputs; the KL's field is elbo's alone.
 struct Call {
-  std::string family;
   Spec spec;
   OptTensor mask, weight;
   Needs needs;            // of [x, parameters...]
   double scale = 1.0;     // d(loss) / d(ln p of one row), the weights apart
   double kl_scale = 0.0;  // d(loss) / d(kl of one row), likewise
+  at::ScalarType kl_type = at::kFloat;
   // Gradients for float16 inputs are not saved but computed in backward, with the upstream factor
   // in float32: 1/B of them would drop into the subnormals before a GradScaler's factor arrives.
   bool recompute = false;

@@ -9,6 +9,10 @@
 
 namespace fastvae {
 
+const char* formula_name(Family family) {
+  return with_formula(family, [](auto f) { return decltype(f)::name; });
+}
+
 std::vector<std::string> likelihood_names() {
   return {
 #define FASTVAE_NAME(F) F::name,
@@ -34,10 +38,6 @@ Spec make_spec(c10::string_view family, at::ArrayRef<double> options, size_t inp
 
 namespace {
 
-const char* formula_name(Family family) {
-  return with_formula(family, [](auto f) { return decltype(f)::name; });
-}
-
 void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                   const OptTensor& weight) {
   with_formula(spec.family, [&](auto f) {
@@ -53,6 +53,8 @@ void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask
         event >= 0 && (lead == 1 || lead == 2) && full.sizes().slice(lead - 1) == x.sizes(),
         F::input_names[0], " must have the shape of ", F::input_names[1],
         ", with or without a leading sample dimension, got ", x.sizes(), " and ", full.sizes());
+    TORCH_CHECK_VALUE(lead == 1 || full.size(0) > 0, F::input_names[1],
+                      " must hold at least one sample, got ", full.sizes());
     for (int j = 1; j < F::inputs; ++j) {
       const Tensor& t = inputs[j];
       bool per_row = t.numel() == 1 && t.dim() <= full.dim();
@@ -153,13 +155,13 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
       a.sum_grad[j] = true;
       std::vector<int64_t> sizes(row_sizes.begin(), row_sizes.end());
       sizes.resize(full.dim(), 1);
-      result.grads.push_back(at::empty(sizes, full.options().dtype(compute)));
+      result.grads.push_back(empty(sizes, compute, full.device()));
     } else {
-      result.grads.push_back(at::empty(full.sizes(), inputs[j].options()));
+      result.grads.push_back(empty(full.sizes(), inputs[j].scalar_type(), full.device()));
       a.grad[j] = {result.grads.back().mutable_data_ptr(), dtype_of(inputs[j])};
     }
   }
-  result.value = at::empty(row_sizes, full.options().dtype(compute));
+  result.value = empty(row_sizes, compute, full.device());
   if (triton::serves(full)) {
     if (a.rows == 0) return result;
     Needs wanted = needs;
@@ -179,28 +181,17 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   }
 
   const int64_t per_row = chunks(a.cols), width = 1 + max_inputs;
-  const Tensor sums = at::empty({a.rows * per_row, width}, at::kDouble);
+  const std::unique_ptr<double[]> sums(new double[a.rows * per_row * width]);
   unsigned outside = 0;
-  a.sums = sums.mutable_data_ptr<double>();
+  a.sums = sums.get();
   a.outside = &outside;
   kernels().rowwise(a);
   if (outside) raise_outside(spec, inputs, mask, outside);
 
-  // Combine the chunks of each row, in order.
-  auto column = [&](int64_t k, const Tensor& out) {
-    AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "fastvae_rowwise", [&] {
-      auto* p = out.mutable_data_ptr<scalar_t>();
-      for (int64_t r = 0; r < a.rows; ++r) {
-        double s = 0;
-        for (int64_t c = 0; c < per_row; ++c) s += a.sums[(r * per_row + c) * width + k];
-        p[r] = static_cast<scalar_t>(s);
-      }
-    });
-  };
-  column(0, result.value);
+  sum_chunks(a.sums, per_row, width, result.value);
   for (size_t j = 0, k = 0; j < needs.size(); ++j) {
     if (!needs[j]) continue;
-    if (a.sum_grad[j]) column(1 + j, result.grads[k]);
+    if (a.sum_grad[j]) sum_chunks(a.sums + 1 + j, per_row, width, result.grads[k]);
     ++k;
   }
   return result;

@@ -15,6 +15,7 @@ struct Spec {
 // number of options or inputs (x and the parameters).
 Spec make_spec(c10::string_view family, at::ArrayRef<double> options, size_t inputs);
 std::vector<std::string> likelihood_names();
+const char* formula_name(Family family);
 
 struct RowwiseResult {
   Tensor value;               // [rows...]: the sum over the event dimensions

@@ -31,7 +31,7 @@ Tensor seed_cpu(const Tensor&, std::optional<at::Generator> generator) {
   auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(
       generator, at::detail::getDefaultCPUGenerator());
   const std::lock_guard<std::mutex> lock(g->mutex_);
-  const Tensor seed = at::empty({1}, at::kLong);
+  const Tensor seed = empty({1}, at::kLong, at::kCPU);
   // What torch.randint(2**63 - 1, (1,)) gives, so that every route draws the same.
   *seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(g->random64() % seed_range);
   return seed;
@@ -78,33 +78,30 @@ SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& 
   check_sampling(mu, logvar, seed, num_samples.value_or(1), sample_offset);
   const auto compute = compute_type(mu.scalar_type());
   const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
-  Tensor z = at::empty(sample_sizes(mu, num_samples), mu.options());
+  Tensor z = empty(sample_sizes(mu, num_samples), mu.scalar_type(), mu.device()), kl;
+  if (want_kl) kl = empty(mu.sizes().slice(0, 1), compute, mu.device());
   SampleArgs a{};
   a.batch = mu.size(0);
   a.cols = product(mu.sizes().slice(1));
-  if (triton::serves(mu)) {
-    const Tensor kl = want_kl ? at::empty({a.batch}, mu.options().dtype(compute)) : Tensor();
-    if (a.batch > 0)
-      triton::sample_forward(matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed,
-                             num_samples.value_or(1), sample_offset,
-                             z.view({num_samples.value_or(1) * a.batch, a.cols}), defined(kl));
-    return {z, kl};
-  }
   a.num_samples = num_samples.value_or(1);
   a.sample_offset = sample_offset;
+  if (triton::serves(mu)) {
+    if (a.batch > 0)
+      triton::sample_forward(matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed,
+                             a.num_samples, sample_offset,
+                             z.view({a.num_samples * a.batch, a.cols}), defined(kl));
+    return {z, kl};
+  }
   a.use_double = compute == at::kDouble;
   a.seed = seed_value(seed);
   a.mu = mu_rows.operand;
   a.logvar = logvar_rows.operand;
   a.z = {z.mutable_data_ptr(), dtype_of(z)};
-  Tensor kl, partial;
   const int64_t per_row = chunks(a.cols);
-  if (want_kl) {
-    partial = at::empty({a.batch, per_row}, at::kDouble);
-    a.kl = partial.mutable_data_ptr<double>();
-  }
+  const std::unique_ptr<double[]> partial(want_kl ? new double[a.batch * per_row] : nullptr);
+  a.kl = partial.get();
   kernels().sample(a);
-  if (want_kl) kl = per_row == 1 ? partial.view({a.batch}).to(compute) : partial.sum(1).to(compute);
+  if (want_kl) sum_chunks(a.kl, per_row, 1, kl);
   return {z, kl};
 }
 
@@ -158,8 +155,8 @@ std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const
                       "grad_kl must have shape [", mu.size(0), "], got ", grad_kl->sizes());
     a.grad_kl = (grad_kl_rows = as_rows(*grad_kl, 1)).operand;
   }
-  Tensor grad_mu = at::empty(mu.sizes(), mu.options()),
-         grad_logvar = at::empty(mu.sizes(), mu.options());
+  Tensor grad_mu = empty(mu.sizes(), mu.scalar_type(), mu.device()),
+         grad_logvar = empty(mu.sizes(), mu.scalar_type(), mu.device());
   if (triton::serves(mu)) {
     if (mu.numel() == 0) return {grad_mu, grad_logvar};
     triton::sample_backward(grad_z ? OptTensor(matrix(grad_z_rows, a.cols)) : std::nullopt,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae import likelihoods
-from fastvae._backends import Prior, Terms, select
+from fastvae._backends import Prior, Terms, cpp, select
 from fastvae.likelihoods import Likelihood
 
 Recon = Tensor | Sequence[Tensor]
@@ -52,6 +52,11 @@ def rsample(
         ValueError: shapes or devices differ, num_samples < 1, unknown or unavailable backend.
         TypeError: mu or logvar is not a floating tensor, or their dtypes differ.
     """
+    if num_samples is None and _direct(backend, mu):
+        try:
+            return cpp.rsample(mu, logvar, None, generator, sample_offset)
+        except _REFUSALS:
+            pass
     _check_latent(mu, logvar)
     _check_sampling(mu, num_samples, generator, sample_offset)
     ops = select(backend, mu.device)
@@ -75,6 +80,11 @@ def rsample_kl(
     Returns:
         z as from `rsample` (the same draws under the same seed), and kl [B] in nats.
     """
+    if num_samples is None and prior is None and _direct(backend, mu):
+        try:
+            return cpp.rsample_kl(mu, logvar, None, generator, sample_offset)
+        except _REFUSALS:
+            pass
     _check_latent(mu, logvar)
     _check_sampling(mu, num_samples, generator, sample_offset)
     ops = select(backend, mu.device)
@@ -217,6 +227,14 @@ def elbo_terms(
     family = likelihoods.get(likelihood)
     check_reduction(reduction)
     check_beta(beta)
+    plain = mu is None and logvar is None and prior is None and mask is None
+    if plain and sample_weight is None and isinstance(recon, Tensor) and _direct(backend, x):
+        params = family.params((recon,))
+        if len(params) == 1 and isinstance(kl, Tensor):
+            try:
+                return cpp.elbo(x, params, kl, family, None, None, beta, reduction)
+            except _REFUSALS:
+                pass
     params = _check_recon(x, recon, family)
     mask = _check_mask(mask, x)
     weight = _check_per_sample("sample_weight", sample_weight, x)
@@ -241,7 +259,21 @@ def elbo_terms(
     return ops.elbo(x, params, kl, family, mask, weight, beta, reduction)
 
 
-# --- validation: once, here ---
+# --- validation: once ---
+
+# The common calls go to the C++ operators as they are: those check everything themselves, faster
+# than Python can. Where one refuses, the checks below say why, in the words of this interface.
+_REFUSALS = (TypeError, ValueError, RuntimeError)
+
+
+def _direct(backend: str, t: Tensor) -> bool:
+    return (
+        backend == "auto"
+        and isinstance(t, Tensor)
+        and t.is_cpu
+        and cpp.status().available
+        and not torch.compiler.is_compiling()
+    )
 
 
 def check_reduction(reduction: str) -> None:
@@ -252,6 +284,8 @@ def check_reduction(reduction: str) -> None:
 
 def check_beta(beta: float) -> None:
     """Raises unless beta is a finite number ≥ 0."""
+    if type(beta) is float and 0.0 <= beta <= sys.float_info.max:
+        return
     if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
     if not 0.0 <= beta <= sys.float_info.max:

@@ -53,9 +53,11 @@ class ELBOLoss(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The loss, in nats; arguments, shapes and errors as in `fastvae.elbo_loss`."""
-        return self.terms(
-            recon, x, mu, logvar, kl=kl, prior=prior, sample_weight=sample_weight, mask=mask
-        ).loss
+        return elbo_terms(
+            recon, x, mu, logvar, kl=kl, likelihood=self.likelihood, beta=self.beta,
+            reduction=self.reduction, prior=prior, sample_weight=sample_weight, mask=mask,
+            backend=self.backend,
+        ).loss  # fmt: skip
 
     def terms(
         self,

@@ -23,7 +23,7 @@ void rowwise_kernel(const RowwiseArgs& a) { rowwise(a); }
 void philox_kernel(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
   Philox c;
   for (int j = 0; j < 4; ++j) c.word[j] = I32(static_cast<int32_t>(counter[j]));
-  c = philox4x32_10(c, key[0], key[1]);
+  c = philox4x32_10(c, PhiloxKey(key[0], key[1]));
   int32_t lanes[I32::size()];
   for (int j = 0; j < 4; ++j) {
     c.word[j].store(lanes);

@@ -26,8 +26,8 @@ FASTVAE_INLINE HiLo mul_hi_lo(const I32& a, uint32_t m) {
   const __m512i mm = _mm512_set1_epi64(m);
   const __m512i even = _mm512_mul_epu32(a, mm);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), mm);
-  return {I32(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd)),
-          I32(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)))};
+  return {I32(_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_CDAB)),
+          I32(_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CDAB))};
 #elif defined(CPU_CAPABILITY_AVX2)
   const __m256i mm = _mm256_set1_epi64x(m);
   const __m256i even = _mm256_mul_epu32(a, mm);
@@ -46,15 +46,54 @@ FASTVAE_INLINE HiLo mul_hi_lo(const I32& a, uint32_t m) {
 #endif
 }
 
-FASTVAE_INLINE Philox philox4x32_10(Philox c, uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    const HiLo a = mul_hi_lo(c.word[0], 0xD2511F53u), b = mul_hi_lo(c.word[2], 0xCD9E8D57u);
-    c = {b.hi ^ c.word[1] ^ I32(static_cast<int32_t>(key0)), b.lo,
-         a.hi ^ c.word[3] ^ I32(static_cast<int32_t>(key1)), a.lo};
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+// a ^ b ^ k
+FASTVAE_INLINE I32 xor3(const I32& a, const I32& b, uint32_t k) {
+  const I32 c(static_cast<int32_t>(k));
+#if defined(CPU_CAPABILITY_AVX512)
+  return I32(_mm512_ternarylogic_epi32(a, b, c, 0x96));
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+struct PhiloxKey {
+  uint32_t round[10][2];
+
+  explicit PhiloxKey(uint32_t key0, uint32_t key1) {
+    for (auto& k : round) {
+      k[0] = key0;
+      k[1] = key1;
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
+    }
+  }
+};
+
+constexpr uint32_t philox_m0 = 0xD2511F53u, philox_m1 = 0xCD9E8D57u;
+
+FASTVAE_INLINE Philox philox_rounds(Philox c, const PhiloxKey& key, int first) {
+  for (int r = first; r < 10; ++r) {
+    const HiLo a = mul_hi_lo(c.word[0], philox_m0), b = mul_hi_lo(c.word[2], philox_m1);
+    c = {xor3(b.hi, c.word[1], key.round[r][0]), b.lo, xor3(a.hi, c.word[3], key.round[r][1]),
+         a.lo};
   }
   return c;
+}
+
+FASTVAE_INLINE Philox philox4x32_10(const Philox& c, const PhiloxKey& key) {
+  return philox_rounds(c, key, 0);
+}
+
+// The same for the counters (low, high, 0, 0): in the first two rounds half of the words are alike
+// in all lanes.
+FASTVAE_INLINE Philox philox4x32_10(const I32& low, uint32_t high, const PhiloxKey& key) {
+  const HiLo a = mul_hi_lo(low, philox_m0);
+  const uint64_t product = static_cast<uint64_t>(high ^ key.round[0][0]) * philox_m0;
+  const HiLo b = mul_hi_lo(a.hi ^ I32(static_cast<int32_t>(key.round[0][1])), philox_m1);
+  const Philox c{b.hi ^ I32(static_cast<int32_t>(key.round[1][0])), b.lo,
+                 a.lo ^ I32(static_cast<int32_t>((product >> 32) ^ key.round[1][1])),
+                 I32(static_cast<int32_t>(product))};
+  return philox_rounds(c, key, 2);
 }
 
 // Two normals from two words. The uniform under the logarithm has 31 bits and is never 0, so the
@@ -70,15 +109,13 @@ FASTVAE_INLINE void box_muller(const I32& a, const I32& b, F32& n0, F32& n1) {
 }
 
 // The normals of elements [block · 64, block · 64 + 64).
-inline void normal_block(uint64_t seed, uint64_t block, float* out) {
+FASTVAE_INLINE void normal_block(const PhiloxKey& key, uint64_t block, float* out) {
   alignas(64) static constexpr int32_t iota[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                    8, 9, 10, 11, 12, 13, 14, 15};
   const uint64_t first = block * 16;  // a multiple of 16: adding a lane never carries
-  const I32 high(static_cast<int32_t>(first >> 32)), zero(0);
   for (int lane = 0; lane < 16; lane += I32::size()) {
     const I32 low = I32(static_cast<int32_t>(first)) + I32::loadu(iota + lane);
-    const Philox w = philox4x32_10({low, high, zero, zero}, static_cast<uint32_t>(seed),
-                                   static_cast<uint32_t>(seed >> 32));
+    const Philox w = philox4x32_10(low, static_cast<uint32_t>(first >> 32), key);
     F32 n[4];
     box_muller(w.word[0], w.word[1], n[0], n[1]);
     box_muller(w.word[2], w.word[3], n[2], n[3]);
@@ -91,7 +128,8 @@ class Normals {
  public:
   static constexpr int64_t max_request = 1024;
 
-  explicit Normals(uint64_t seed) : seed_(seed) {}
+  explicit Normals(uint64_t seed)
+      : key_(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)) {}
 
   // Elements [i, i + n), n ≤ max_request; valid until the next call.
   const float* at(uint64_t i, int64_t n) {
@@ -103,14 +141,15 @@ class Normals {
                            ? look_ahead
                            : (wanted + philox_block - 1) / philox_block * philox_block);
       for (uint64_t e = begin_; e < end_; e += philox_block)
-        normal_block(seed_, e / philox_block, buffer_ + (e - begin_));
+        normal_block(key_, e / philox_block, buffer_ + (e - begin_));
     }
     return buffer_ + (i - begin_);
   }
 
  private:
   static constexpr int window = max_request + philox_block, look_ahead = 512;
-  uint64_t seed_, begin_ = 1, end_ = 0;
+  PhiloxKey key_;
+  uint64_t begin_ = 1, end_ = 0;
   alignas(64) float buffer_[window];
 };
 

@@ -17,6 +17,8 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t tile = 1024;
 static_assert(row_chunk % tile == 0);
+// How many elements ahead inputs are fetched: the hardware's prefetcher stops at each page's end.
+constexpr int64_t ahead = 512;
 // Elements below which a second thread costs more than it brings (about 5 µs to wake one).
 constexpr int64_t grain_elements = 8192;
 
@@ -77,54 +79,116 @@ inline void store_tile(const Output& y, int64_t start, int64_t n, const T* value
   });
 }
 
-// Calls body(i, count) for each vector of a tile and sums what it returns: at most 16 vectors in
-// the compute type, then in double lanes. The order is fixed. The last vector may be partial.
+// Sums vectors: at most 32 of them in the compute type, then in double lanes, in a fixed order.
+template <class T>
+class Sum {
+  using V = Vec<T>;
+  static constexpr int64_t width = V::size();
+
+ public:
+  static constexpr int64_t run = 32 * width;  // elements that may be added before a flush()
+
+  FASTVAE_INLINE void add(const V& v) { sum_ = sum_ + v; }
+  // Subtracts ln(1 + odds): 1 + odds multiplies a product, of which only what exceeds 1 is kept,
+  // for then small odds lose nothing.
+  FASTVAE_INLINE void subtract_log1p(const V& odds) {
+    odds_ = fmadd(odds_, V(T(1)) + odds, odds);
+    any_odds_ = true;
+  }
+  FASTVAE_INLINE void flush() {
+    if (any_odds_) sum_ = sum_ - log1p(odds_);
+    add_wide(sum_, wide_);
+    sum_ = odds_ = V(T(0));
+  }
+  double total() const {
+    F64 sum = wide_[0];
+    if constexpr (width > F64::size()) sum = sum + wide_[1];
+    double lanes[F64::size()];
+    sum.store(lanes);
+    for (int half = F64::size() / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    return lanes[0];
+  }
+
+ private:
+  V sum_{T(0)}, odds_{T(0)};
+  bool any_odds_ = false;  // known at compile time once the loop is inlined
+  F64 wide_[width / F64::size()] = {};
+};
+
+// Calls body(i, count) for each vector of [0, n). The count is a constant but for the last one,
+// which may be partial.
+template <class T, class Body>
+FASTVAE_INLINE void for_vectors(int64_t n, Body&& body) {
+  constexpr int64_t width = Vec<T>::size();
+  const int64_t whole = n - n % width;
+  for (int64_t i = 0; i < whole; i += width) body(i, std::integral_constant<int64_t, width>{});
+  if (whole < n) body(whole, n - whole);
+}
+
+// The same with a Sum as third argument, which it returns.
 template <class T, class Body>
 FASTVAE_INLINE double sum_vectors(int64_t n, Body&& body) {
-  using V = Vec<T>;
-  constexpr int64_t width = V::size();
-  double wide[width] = {};
-  auto widen = [&](const V& v) __attribute__((always_inline)) {
-    T lanes[width];
-    v.store(lanes);
-    for (int j = 0; j < width; ++j) wide[j] += static_cast<double>(lanes[j]);
-  };
-  const int64_t whole = n - n % width;
-  for (int64_t i = 0; i < whole;) {
-    const int64_t stop = std::min(whole, i + 16 * width);
-    V sum(T(0));
-    for (; i < stop; i += width) sum = sum + body(i, width);
-    widen(sum);
+  Sum<T> sum;
+  for (int64_t first = 0; first < n; first += Sum<T>::run) {
+    for_vectors<T>(std::min(n - first, Sum<T>::run),
+                   [&](int64_t i, auto count)
+                       __attribute__((always_inline)) { body(first + i, count, sum); });
+    sum.flush();
   }
-  if (whole < n) widen(V::set(V(T(0)), body(whole, n - whole), n - whole));
-  double total = 0;
-  for (int j = 0; j < width; ++j) total += wide[j];
-  return total;
+  return sum.total();
+}
+
+template <class T>
+inline double sum_of(const T* values, int64_t n) {
+  return sum_vectors<T>(n, [&](int64_t i, auto count, Sum<T>& sum) __attribute__((always_inline)) {
+    sum.add(Vec<T>::loadu(values + i, count));
+  });
+}
+
+// Bit j: input j must be in [0, 1]. Read at compile time only, so that no instruction set's object
+// holds a copy of F::domain that the linker could give to the others.
+template <class F>
+consteval unsigned units() {
+  unsigned bits = 0;
+  for (int j = 0; j < F::inputs; ++j) bits |= (F::domain[j] == Domain::unit ? 1u : 0u) << j;
+  return bits;
+}
+
+// Whether all n values are in [0, 1].
+template <class T>
+inline bool in_unit(const T* x, int64_t n, const T* mask) {
+  for (int64_t i = 0; i < n; ++i)
+    if (!(x[i] >= T(0) && x[i] <= T(1)) && !(mask && mask[i] == T(0))) return false;
+  return true;
 }
 
 // One tile: returns Σ value, writes scale · gradient where grad[j] is given, flags inputs outside
-// their domain. A partial vector is loaded with zeros behind it; zero lies in every domain.
+// their domain. A partial vector is loaded with zeros behind it, which lie in every domain; what it
+// adds to the sum is cut off.
 template <class F, class T, bool Grad, bool Masked>
 inline double formula_tile(const T* const* in, const T* mask, T* const* grad, int64_t n,
                            const Vec<T>* options, T scale, unsigned& outside) {
   using V = Vec<T>;
-  const V zero(T(0)), one(T(1)), factor(scale);
+  const V zero(T(0)), factor(scale);
+  constexpr unsigned unit_inputs = units<F>();
   Mask<V> inside[F::inputs];
   for (auto& m : inside) m = equal(zero, zero);
 
   const double total =
-      sum_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+      sum_vectors<T>(n, [&](int64_t i, auto count, Sum<T>& sum) __attribute__((always_inline)) {
         V x[F::inputs];
         Mask<V> drop;
         for (int j = 0; j < F::inputs; ++j) x[j] = V::loadu(in[j] + i, count);
+        for (int j = 0; j < F::inputs; ++j) __builtin_prefetch(in[j] + i + ahead, 0, 2);
         if constexpr (Masked) {  // zeroed before the formula for the domain's sake, after it for
                                  // the value's
           drop = equal(V::loadu(mask + i, count), zero);
           for (V& v : x) v = select(drop, zero, v);
         }
         for (int j = 0; j < F::inputs; ++j)
-          if (F::domain[j] == Domain::unit) inside[j] = inside[j] & between(zero, x[j], one);
-        auto r = F::template eval<V>(x, options);
+          if (unit_inputs >> j & 1) inside[j] = and_in_unit(inside[j], x[j]);
+        const auto r = F::template eval<V>(x, options);
         if constexpr (Grad) {
           for (int j = 0; j < F::inputs; ++j) {
             if (!grad[j]) continue;
@@ -133,12 +197,16 @@ inline double formula_tile(const T* const* in, const T* mask, T* const* grad, in
             g.store(grad[j] + i, count);
           }
         }
-        if constexpr (Masked) r.value = select(drop, zero, r.value);
-        return r.value;
+        V value = r.value, odds = r.odds;
+        if constexpr (Masked) value = select(drop, zero, value), odds = select(drop, zero, odds);
+        if constexpr (std::is_same_v<decltype(count), int64_t>)
+          value = V::set(zero, value, count), odds = V::set(zero, odds, count);
+        sum.add(value);
+        if constexpr (requires { F::log_odds; }) sum.subtract_log1p(odds);
       });
 
   for (int j = 0; j < F::inputs; ++j)
-    if (F::domain[j] == Domain::unit && !all<V>(inside[j])) outside |= 1u << j;
+    if (unit_inputs >> j & 1 && !all<V>(inside[j]) && !in_unit(in[j], n, mask)) outside |= 1u << j;
   return total;
 }
 
@@ -175,8 +243,7 @@ inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsi
       for (int j = 0; j < F::inputs; ++j) {
         if (!grad[j]) continue;
         if (a.sum_grad[j])
-          sums[1 + j] += sum_vectors<T>(
-              n, [&](int64_t i, int64_t count) { return Vec<T>::loadu(grad[j] + i, count); });
+          sums[1 + j] += sum_of(grad[j], n);
         else
           store_tile(a.grad[j], start, n, grad[j]);
       }

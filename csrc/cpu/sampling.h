@@ -22,18 +22,36 @@ inline const T* load_noise(Normals& normals, uint64_t index, int64_t n, T* buffe
   }
 }
 
-// Calls body(batch row, first column, columns, unit) for every tile, over threads.
+// A piece of work that fits the L1 cache: columns [col, col + cols) of `rows` rows from `row` on.
+// More than one row only where they are whole and lie end to end, as short ones mostly do.
+struct Tile {
+  int64_t row, rows, col, cols;
+  int64_t size() const { return rows * cols; }
+};
+
+inline bool end_to_end(const Operand& x, int64_t rows, int64_t cols) {
+  return !x.data || (!x.per_row && x.row_stride == cols && x.period >= rows);
+}
+
+// Calls body(normals, tile) for all of [batch, cols], over threads. `dense`: rows lie end to end.
 template <class Args, class Body>
-inline void for_tiles(const Args& a, Body&& body) {
+inline void for_tiles(const Args& a, bool dense, Body&& body) {
   const int64_t per_row = chunks(a.cols);
-  const int64_t work = std::min(a.cols, row_chunk) * a.num_samples;
-  at::parallel_for(0, a.batch * per_row, grain(work), [&](int64_t begin, int64_t end) {
+  const bool whole = dense && a.num_samples == 1 && a.cols > 0 && a.cols <= tile / 2;
+  const int64_t rows = whole ? tile / a.cols : 1;  // per unit
+  const int64_t units = whole ? (a.batch + rows - 1) / rows : a.batch * per_row;
+  const int64_t work = std::min(rows * a.cols, row_chunk) * a.num_samples;
+  at::parallel_for(0, units, grain(work), [&](int64_t begin, int64_t end) {
     Normals normals(a.seed);
     for (int64_t unit = begin; unit < end; ++unit) {
+      if (whole) {
+        body(normals, Tile{unit * rows, std::min(rows, a.batch - unit * rows), 0, a.cols});
+        continue;
+      }
       const int64_t b = unit / per_row, first = unit % per_row * row_chunk;
       const int64_t last = std::min(a.cols, first + row_chunk);
       for (int64_t col = first; col < last; col += tile)
-        body(normals, b, col, std::min(tile, last - col), unit);
+        body(normals, Tile{b, 1, col, std::min(tile, last - col)});
     }
   });
 }
@@ -47,69 +65,72 @@ inline uint64_t stream_index(const Args& a, int64_t b, int64_t k, int64_t col) {
 template <class T>
 inline void sample_as(const SampleArgs& a) {
   using V = Vec<T>;
-  if (a.kl) std::memset(a.kl, 0, sizeof(double) * a.batch * chunks(a.cols));
-  for_tiles(a, [&](Normals& normals, int64_t b, int64_t col, int64_t n, int64_t unit) {
-    alignas(64) T mu_buffer[tile], logvar_buffer[tile], eps_buffer[tile], z_buffer[tile];
-    const T* mu = load_tile(a.mu, b, col, n, mu_buffer);
-    const T* logvar = load_tile(a.logvar, b, col, n, logvar_buffer);
+  const int64_t per_row = chunks(a.cols);
+  if (a.kl) std::memset(a.kl, 0, sizeof(double) * a.batch * per_row);
+  const bool dense = end_to_end(a.mu, a.batch, a.cols) && end_to_end(a.logvar, a.batch, a.cols);
+  for_tiles(a, dense, [&](Normals& normals, const Tile& t) {
+    alignas(64) T mu_buffer[tile], logvar_buffer[tile], buffer[tile], z_buffer[tile];
+    const int64_t n = t.size();
+    const T* mu = load_tile(a.mu, t.row, t.col, n, mu_buffer);
+    const T* logvar = load_tile(a.logvar, t.row, t.col, n, logvar_buffer);
     for (int64_t k = 0; k < a.num_samples; ++k) {
-      const int64_t start = (k * a.batch + b) * a.cols + col;
-      const T* eps = load_noise(normals, stream_index(a, b, k, col), n, eps_buffer);
+      const int64_t start = (k * a.batch + t.row) * a.cols + t.col;
+      const T* eps = load_noise(normals, stream_index(a, t.row, k, t.col), n, buffer);
       T* z = output_tile(a.z, start, z_buffer);
-      for (int64_t i = 0; i < n; i += V::size()) {
-        const int64_t c = std::min<int64_t>(V::size(), n - i);
+      for_vectors<T>(n, [&](int64_t i, auto c) __attribute__((always_inline)) {
         sample(V::loadu(mu + i, c), V::loadu(logvar + i, c), V::loadu(eps + i, c)).store(z + i, c);
-      }
+      });
       store_tile(a.z, start, n, z);
     }
-    if (a.kl) {
-      const T* in[] = {mu, logvar};
-      unsigned outside = 0;
-      a.kl[unit] += formula_tile<StandardKL, T, false, false>(in, nullptr, nullptr, n, nullptr,
-                                                              T(1), outside);
-    }
+    if (!a.kl) return;
+    for_vectors<T>(n, [&](int64_t i, auto c) __attribute__((always_inline)) {
+      const V in[] = {V::loadu(mu + i, c), V::loadu(logvar + i, c)};
+      StandardKL::eval<V>(in, nullptr).value.store(buffer + i, c);
+    });
+    for (int64_t r = 0; r < t.rows; ++r)
+      a.kl[(t.row + r) * per_row + t.col / row_chunk] += sum_of(buffer + r * t.cols, t.cols);
   });
 }
 
 template <class T>
 inline void sample_backward_as(const SampleBackwardArgs& a) {
   using V = Vec<T>;
-  for_tiles(a, [&](Normals& normals, int64_t b, int64_t col, int64_t n, int64_t) {
+  const bool dense = end_to_end(a.mu, a.batch, a.cols) && end_to_end(a.logvar, a.batch, a.cols) &&
+                     end_to_end(a.grad_z, a.batch, a.cols);
+  for_tiles(a, dense, [&](Normals& normals, const Tile& t) {
     alignas(64) T mu_buffer[tile], logvar_buffer[tile], eps_buffer[tile], dz_buffer[tile];
     alignas(64) T dmu_buffer[tile], dlogvar_buffer[tile];
-    alignas(64) T sum_dz[tile], sum_eps_dz[tile];
-    const T* logvar = load_tile(a.logvar, b, col, n, logvar_buffer);
+    alignas(64) T sum_dz[tile], sum_eps_dz[tile], grad_kl[tile];
+    const int64_t n = t.size(), start = t.row * a.cols + t.col;
+    const T* mu = load_tile(a.mu, t.row, t.col, n, mu_buffer);
+    const T* logvar = load_tile(a.logvar, t.row, t.col, n, logvar_buffer);
     std::memset(sum_dz, 0, n * sizeof(T));
     std::memset(sum_eps_dz, 0, n * sizeof(T));
     for (int64_t k = 0; a.grad_z.data && k < a.num_samples; ++k) {
-      const T* eps = load_noise(normals, stream_index(a, b, k, col), n, eps_buffer);
-      const T* dz = load_tile(a.grad_z, k * a.batch + b, col, n, dz_buffer);
+      const T* eps = load_noise(normals, stream_index(a, t.row, k, t.col), n, eps_buffer);
+      const T* dz = load_tile(a.grad_z, k * a.batch + t.row, t.col, n, dz_buffer);
       for (int64_t i = 0; i < n; ++i) {
         sum_dz[i] += dz[i];
         sum_eps_dz[i] += eps[i] * dz[i];
       }
     }
-    const int64_t start = b * a.cols + col;
+    for (int64_t r = 0; a.grad_kl.data && r < t.rows; ++r)
+      load_tile(a.grad_kl, t.row + r, 0, t.cols, grad_kl + r * t.cols);
     T* dmu = output_tile(a.grad_mu, start, dmu_buffer);
     T* dlogvar = output_tile(a.grad_logvar, start, dlogvar_buffer);
-    const T* mu = load_tile(a.mu, b, col, n, mu_buffer);
-    T grad_kl = 0;
-    if (a.grad_kl.data) grad_kl = *load_tile(a.grad_kl, b, 0, 1, &grad_kl);
-    for (int64_t i = 0; i < n; i += V::size()) {
-      const int64_t c = std::min<int64_t>(V::size(), n - i);
+    for_vectors<T>(n, [&](int64_t i, auto c) __attribute__((always_inline)) {
       const V lv = V::loadu(logvar + i, c);
-      V g_mu = V::loadu(sum_dz + i, c);
-      V g_logvar = V(T(0));
+      V g_mu = V::loadu(sum_dz + i, c), g_logvar = V(T(0));
       if (a.grad_z.data) g_logvar = sample_dlogvar(lv, V::loadu(sum_eps_dz + i, c));
       if (a.grad_kl.data) {
-        const V in[] = {V::loadu(mu + i, c), lv};
+        const V in[] = {V::loadu(mu + i, c), lv}, g = V::loadu(grad_kl + i, c);
         const auto kl = StandardKL::eval<V>(in, nullptr);
-        g_mu = fmadd(V(grad_kl), kl.grad[0], g_mu);
-        g_logvar = fmadd(V(grad_kl), kl.grad[1], g_logvar);
+        g_mu = fmadd(g, kl.grad[0], g_mu);
+        g_logvar = fmadd(g, kl.grad[1], g_logvar);
       }
       g_mu.store(dmu + i, c);
       g_logvar.store(dlogvar + i, c);
-    }
+    });
     store_tile(a.grad_mu, start, n, dmu);
     store_tile(a.grad_logvar, start, n, dlogvar);
   });

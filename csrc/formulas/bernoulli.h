@@ -10,13 +10,12 @@ struct Bernoulli {
   static constexpr int options = 0;
   static constexpr const char* input_names[] = {"x", "logits"};
   static constexpr Domain domain[] = {Domain::unit, Domain::real};
+  static constexpr bool log_odds = true;
 
   template <class V>
   static FASTVAE_INLINE Result<V, 2> eval(const V (&in)[2], const V*) {
-    const V &x = in[0], &logits = in[1];
-    const V not_x = num<V>(1) - x;
-    const auto s = logistic(logits);
-    return {x * s.log_p + not_x * s.log_q, {logits, x * s.q - not_x * s.p}};
+    const auto s = log_logistic(in[0], in[1]);
+    return {s.value, {in[1], s.slope}, s.odds};
   }
 };
 

@@ -20,6 +20,9 @@ template <class V, int N>
 struct Result {
   V value;
   V grad[N];
+  // Where `F::log_odds` is true, − ln(1 + odds) belongs to the value, odds ≥ 0: a sum of such
+  // logarithms is one logarithm of a product, which the loop takes at its end.
+  V odds{};
 };
 
 }  // namespace fastvae
