@@ -166,9 +166,35 @@ Terms elbo_composite(const Tensor& x, at::TensorList params, const Tensor& kl,
           reduce(kl.to(compute_type(kl.scalar_type()))).detach()};
 }
 
-Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
-                    c10::string_view family, at::ArrayRef<double> options, const OptTensor& mask,
-                    const OptTensor& weight, double beta, c10::string_view reduction) {
+// Whether the parameters can be overwritten by their gradients; ValueError where that would destroy
+// something of the user's, false where there is nothing to gain.
+bool may_overwrite(const Call& call, at::TensorList inputs, const Tensor& kl) {
+  if (call.recompute ||
+      std::find(call.needs.begin() + 1, call.needs.end(), true) == call.needs.end())
+    return false;  // float16's gradients are not stored
+  auto check = [](bool ok, size_t j, const char* what) {
+    TORCH_CHECK_VALUE(ok, "inplace_backward=True overwrites the reconstruction, but parameter ",
+                      j - 1, " of it ", what);
+  };
+  auto overlap = [](const OptTensor& a, const Tensor& b) { return a && a->is_alias_of(b); };
+  for (size_t j = 1; j < inputs.size(); ++j) {
+    const Tensor& t = inputs[j];
+    if (!is_plain(t)) return false;
+    if (!call.needs[j] || t.sizes() != inputs[1].sizes()) continue;
+    check(!t.is_leaf() && !(t.is_view() && t._base().is_leaf()), j,
+          "is a leaf or a view of one: an optimizer's or your own data");
+    check(t.is_contiguous(), j, "is not contiguous");
+    check(!overlap(kl, t) && !overlap(call.mask, t) && !overlap(call.weight, t), j,
+          "shares memory with another argument");
+    for (size_t i = 0; i < inputs.size(); ++i)
+      check(i == j || !inputs[i].is_alias_of(t), j, "shares memory with another argument");
+  }
+  return true;
+}
+
+Terms elbo_routed(const Tensor& x, at::TensorList params, const Tensor& kl, c10::string_view family,
+                  at::ArrayRef<double> options, const OptTensor& mask, const OptTensor& weight,
+                  double beta, c10::string_view reduction, bool overwrite) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must have a batch dimension, got ", x.sizes());
   auto inputs = with_x(x, params);
   inputs.push_back(kl);
@@ -182,10 +208,24 @@ Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
   call.scale = -c / static_cast<double>(samples);
   call.kl_scale = c * beta;
   call.kl_type = kl.scalar_type();
+  call.overwrite = overwrite && may_overwrite(call, inputs, kl);
   std::pair<Tensor, Tensor> parts;
   const Tensor loss =
       Elbo::apply(at::TensorList(inputs), kl, call, beta, std::string(reduction), &parts);
   return {loss, parts.first, parts.second};
+}
+
+Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
+                    c10::string_view family, at::ArrayRef<double> options, const OptTensor& mask,
+                    const OptTensor& weight, double beta, c10::string_view reduction) {
+  return elbo_routed(x, params, kl, family, options, mask, weight, beta, reduction, false);
+}
+
+Terms elbo_inplace_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
+                            c10::string_view family, at::ArrayRef<double> options,
+                            const OptTensor& mask, const OptTensor& weight, double beta,
+                            c10::string_view reduction) {
+  return elbo_routed(x, params, kl, family, options, mask, weight, beta, reduction, true);
 }
 
 Terms elbo_fused(const Tensor& x, at::TensorList params, const Tensor& kl, c10::string_view family,
@@ -198,6 +238,7 @@ Terms elbo_fused(const Tensor& x, at::TensorList params, const Tensor& kl, c10::
 void implementations(torch::Library& m) {
   m.impl("elbo_reduce", elbo_reduce_fused);
   m.impl("elbo", elbo_fused);
+  m.impl("elbo_inplace", elbo_fused);  // no gradient is asked for: nothing is overwritten
 }
 
 }  // namespace
@@ -205,8 +246,14 @@ void implementations(torch::Library& m) {
 TORCH_LIBRARY_IMPL(fastvae, CPU, m) { implementations(m); }
 TORCH_LIBRARY_IMPL(fastvae, CUDA, m) { implementations(m); }
 
-TORCH_LIBRARY_IMPL(fastvae, Autograd, m) { m.impl("elbo", elbo_autograd); }
+TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
+  m.impl("elbo", elbo_autograd);
+  m.impl("elbo_inplace", elbo_inplace_autograd);
+}
 
-TORCH_LIBRARY_IMPL(fastvae, FuncTorchBatchedDecomposition, m) { m.impl("elbo", elbo_composite); }
+TORCH_LIBRARY_IMPL(fastvae, FuncTorchBatchedDecomposition, m) {
+  m.impl("elbo", elbo_composite);
+  m.impl("elbo_inplace", elbo_composite);
+}
 
 }  // namespace fastvae

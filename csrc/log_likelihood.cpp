@@ -55,8 +55,20 @@ Call make_call(at::TensorList inputs, c10::string_view family, at::ArrayRef<doub
 }
 
 Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call& call) {
-  auto [value, grads] =
-      run_forward(call, inputs, call.weight, call.scale, call.recompute ? Needs{} : call.needs);
+  Tensor value;
+  std::vector<Tensor> grads;
+  if (call.overwrite) {
+    auto r =
+        rowwise(call.spec, inputs, call.mask, call.weight, call.scale, call.needs, call.overwrite);
+    value = std::move(r.value), grads = std::move(r.grads);
+    // Whoever saved what was there before, the decoder's last op for one, is told so in backward.
+    for (size_t j = 1; j < inputs.size(); ++j)
+      if (call.needs[j] && inputs[j].sizes() == inputs[1].sizes())
+        inputs[j].unsafeGetTensorImpl()->bump_version();
+  } else {
+    std::tie(value, grads) =
+        run_forward(call, inputs, call.weight, call.scale, call.recompute ? Needs{} : call.needs);
+  }
   triton::remember(ctx);
   variable_list saved(inputs.begin(), inputs.end());
   saved.push_back(call.mask.value_or(Tensor()));
@@ -67,7 +79,7 @@ Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call&
   // the rest in one entry, for each costs an allocation.
   std::vector<double> fixed{static_cast<double>(call.spec.family),
                             static_cast<double>(inputs.size()), static_cast<double>(call.recompute),
-                            static_cast<double>(call.kl_type)};
+                            static_cast<double>(call.kl_type), static_cast<double>(call.overwrite)};
   fixed.insert(fixed.end(), call.needs.begin(), call.needs.end());
   fixed.insert(fixed.end(), call.spec.options.begin(), call.spec.options.end());
   ctx->saved_data["call"] = std::move(fixed);
@@ -84,7 +96,8 @@ Saved load_saved(AutogradContext* ctx) {
   const auto count = static_cast<size_t>(fixed[1]);
   call.recompute = fixed[2] != 0;
   call.kl_type = static_cast<at::ScalarType>(fixed[3]);
-  const auto needs = fixed.begin() + 4, options = needs + count;
+  call.overwrite = fixed[4] != 0;
+  const auto needs = fixed.begin() + 5, options = needs + count;
   call.needs.assign(needs, options);
   call.spec.options.assign(options, fixed.end());
   call.scale = ctx->saved_data["scale"].toDouble();
@@ -123,6 +136,9 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
   variable_list out(count);
   std::vector<Tensor> grads;
   if (needs_composite_backward({upstream}, saved.inputs)) {
+    TORCH_CHECK(!call.overwrite,
+                "inplace_backward=True overwrote the reconstruction by its gradient: leave it out "
+                "for create_graph=True or batched gradients");
     grads = rowwise_composite_grads(call.spec, saved.inputs, call.mask,
                                     call.weighted(upstream, call.scale), call.needs);
   } else if (call.recompute) {

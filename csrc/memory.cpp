@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -123,8 +125,13 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::Device device) 
   if (!device.is_cpu()) return at::empty(sizes, at::TensorOptions(device).dtype(type));
   const bool large = c10::multiply_integers(sizes) * c10::elementSize(type) >= least;
   c10::Allocator* memory = large ? &Cache::instance() : c10::GetCPUAllocator();
-  return at::detail::empty_generic(sizes, memory, c10::DispatchKeySet(c10::DispatchKey::CPU), type,
-                                   std::nullopt);
+  const at::Tensor out = at::detail::empty_generic(
+      sizes, memory, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+  const auto& context = at::globalContext();  // as at::empty does
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory() &&
+      c10::isFloatingType(type))
+    out.fill_(std::numeric_limits<double>::quiet_NaN());
+  return out;
 }
 
 size_t empty_cache() { return Cache::instance().clear(); }

@@ -29,6 +29,8 @@ struct Call {
   // Gradients for float16 inputs are not saved but computed in backward, with the upstream factor
   // in float32: 1/B of them would drop into the subnormals before a GradScaler's factor arrives.
   bool recompute = false;
+  // Parameters are overwritten by their gradients (`inplace_backward`).
+  bool overwrite = false;
 
   Tensor weighted(const Tensor& g, double s) const {
     return weight ? g * (weight->to(g.scalar_type()) * s) : g * s;

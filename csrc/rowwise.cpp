@@ -100,11 +100,13 @@ std::string shortest(double v) {
 }
 
 [[noreturn]] void raise_outside(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
-                                unsigned outside) {
+                                unsigned outside, bool overwritten) {
   with_formula(spec.family, [&](auto f) {
     using F = decltype(f);
     for (int j = 0; j < F::inputs; ++j) {
       if (!(outside >> j & 1)) continue;
+      TORCH_CHECK_VALUE(j == 0 || !overwritten, F::input_names[j], " must lie in [0, 1] for ",
+                        F::name, "; what came is overwritten by its gradient");
       Tensor t = inputs[j].to(at::kDouble);
       if (mask) t = t.masked_select(*mask);
       TORCH_CHECK_VALUE(!t.isnan().any().item<bool>(), F::input_names[j],
@@ -121,7 +123,7 @@ std::string shortest(double v) {
 }  // namespace
 
 RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
-                      const OptTensor& weight, double scale, const Needs& needs) {
+                      const OptTensor& weight, double scale, const Needs& needs, bool overwrite) {
   check_devices(spec, inputs, mask, weight);
   check_inputs(spec, inputs, mask, weight);
   const Tensor &x = inputs[0], &full = inputs[1];
@@ -157,7 +159,9 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
       sizes.resize(full.dim(), 1);
       result.grads.push_back(empty(sizes, compute, full.device()));
     } else {
-      result.grads.push_back(empty(full.sizes(), inputs[j].scalar_type(), full.device()));
+      result.grads.push_back(overwrite && j > 0
+                                 ? inputs[j].detach()
+                                 : empty(full.sizes(), inputs[j].scalar_type(), full.device()));
       a.grad[j] = {result.grads.back().mutable_data_ptr(), dtype_of(inputs[j])};
     }
   }
@@ -186,7 +190,7 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   a.sums = sums.get();
   a.outside = &outside;
   kernels().rowwise(a);
-  if (outside) raise_outside(spec, inputs, mask, outside);
+  if (outside) raise_outside(spec, inputs, mask, outside, overwrite);
 
   sum_chunks(a.sums, per_row, width, result.value);
   for (size_t j = 0, k = 0; j < needs.size(); ++j) {

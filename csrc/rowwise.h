@@ -25,9 +25,11 @@ struct RowwiseResult {
 
 // inputs[0] is [B, *event]; inputs[1] has the full shape, [B, *event] or [K, B, *event]; later ones
 // have that or are constant along each row. Gradients are multiplied by
-// scale · weight, the latter [B] or [rows...].
+// scale · weight, the latter [B] or [rows...]. With `overwrite`, parameters of the full shape,
+// which must be contiguous, are overwritten by their gradients.
 RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
-                      const OptTensor& weight, double scale, const Needs& needs);
+                      const OptTensor& weight, double scale, const Needs& needs,
+                      bool overwrite = false);
 
 // The value, differentiable to any order.
 Tensor rowwise_composite(const Spec& spec, at::TensorList inputs, const OptTensor& mask);

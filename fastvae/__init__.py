@@ -2,6 +2,7 @@
 
 from fastvae import likelihoods
 from fastvae._backends import Backend, Terms, backends
+from fastvae._backends.cpp import empty_cache
 from fastvae.functional import (
     elbo_loss,
     elbo_terms,
@@ -21,6 +22,7 @@ __all__ = [
     "backends",
     "elbo_loss",
     "elbo_terms",
+    "empty_cache",
     "kl_divergence",
     "likelihoods",
     "log_likelihood",

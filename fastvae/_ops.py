@@ -129,6 +129,7 @@ def _elbo_reduce(
     return loss, ll, kl_out
 
 
+@register("fastvae::elbo_inplace")
 @register("fastvae::elbo")
 def _elbo(
     x: Tensor,

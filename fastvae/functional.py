@@ -168,6 +168,7 @@ def elbo_loss(
     prior: Prior | None = None,
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
+    inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """The negative evidence lower bound, in nats: what a VAE minimizes.
@@ -188,6 +189,12 @@ def elbo_loss(
         sample_weight: w, [B], floating; no gradient flows to it. "mean" stays the plain mean of
             the weighted values.
         mask: as in `log_likelihood`; it concerns the reconstruction alone.
+        inplace_backward: let the gradient overwrite recon, so that the loss takes no memory of the
+            reconstruction's size. Only for a recon that nobody reads afterwards: it holds its
+            gradient once the loss is computed, and an op that saved it for its own backward (a
+            final sigmoid or tanh) makes autograd raise. Nothing is overwritten under no_grad, and
+            the option has no effect under torch.compile and torch.func, in the eager backend, or
+            for float16, whose gradient is not stored.
         backend: "auto", "cpp", "triton" or "eager".
 
     Returns:
@@ -195,11 +202,14 @@ def elbo_loss(
 
     Raises:
         ValueError, TypeError: as `log_likelihood` and `kl_divergence`; also for neither or both of
-            kl and (mu, logvar), an unknown reduction, a beta that is not finite and ≥ 0.
+            kl and (mu, logvar), an unknown reduction, a beta that is not finite and ≥ 0; with
+            inplace_backward, a recon that is a leaf, not contiguous, or in memory that another
+            argument uses.
     """
     return elbo_terms(
         recon, x, mu, logvar, kl=kl, likelihood=likelihood, beta=beta, reduction=reduction,
-        prior=prior, sample_weight=sample_weight, mask=mask, backend=backend,
+        prior=prior, sample_weight=sample_weight, mask=mask,
+        inplace_backward=inplace_backward, backend=backend,
     ).loss  # fmt: skip
 
 
@@ -216,6 +226,7 @@ def elbo_terms(
     prior: Prior | None = None,
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
+    inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Terms:
     """`elbo_loss` together with its parts, from the same pass.
@@ -228,11 +239,14 @@ def elbo_terms(
     check_reduction(reduction)
     check_beta(beta)
     plain = mu is None and logvar is None and prior is None and mask is None
-    if plain and sample_weight is None and isinstance(recon, Tensor) and _direct(backend, x):
+    plain = plain and sample_weight is None and not inplace_backward
+    if plain and isinstance(recon, Tensor) and _direct(backend, x):
         params = family.params((recon,))
         if len(params) == 1 and isinstance(kl, Tensor):
             try:
-                return cpp.elbo(x, params, kl, family, None, None, beta, reduction)
+                return cpp.elbo(
+                    x, params, kl, family, None, None, beta, reduction, inplace_backward
+                )
             except _REFUSALS:
                 pass
     params = _check_recon(x, recon, family)
@@ -256,7 +270,7 @@ def elbo_terms(
         kl = ops.kl_divergence(mu, logvar, None if prior is None else _expand_prior(prior, mu))
     assert kl is not None
     weight = None if weight is None else weight.detach()
-    return ops.elbo(x, params, kl, family, mask, weight, beta, reduction)
+    return ops.elbo(x, params, kl, family, mask, weight, beta, reduction, inplace_backward)
 
 
 # --- validation: once ---

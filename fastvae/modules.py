@@ -17,6 +17,7 @@ class ELBOLoss(nn.Module):
         beta: factor of the KL (an attribute; change it freely to anneal).
         reduction: "mean" over the batch, "sum", or "none".
         backend: "auto", "cpp", "triton" or "eager".
+        inplace_backward: as in `fastvae.elbo_loss`: recon is overwritten by its gradient.
 
     Example:
         >>> criterion = ELBOLoss("bernoulli")
@@ -30,6 +31,7 @@ class ELBOLoss(nn.Module):
         beta: float = 1.0,
         reduction: str = "mean",
         backend: str = "auto",
+        inplace_backward: bool = False,
     ) -> None:
         super().__init__()
         check_reduction(reduction)
@@ -39,6 +41,7 @@ class ELBOLoss(nn.Module):
         self.beta = beta
         self.reduction = reduction
         self.backend = backend
+        self.inplace_backward = inplace_backward
 
     def forward(
         self,
@@ -56,7 +59,7 @@ class ELBOLoss(nn.Module):
         return elbo_terms(
             recon, x, mu, logvar, kl=kl, likelihood=self.likelihood, beta=self.beta,
             reduction=self.reduction, prior=prior, sample_weight=sample_weight, mask=mask,
-            backend=self.backend,
+            inplace_backward=self.inplace_backward, backend=self.backend,
         ).loss  # fmt: skip
 
     def terms(
@@ -75,7 +78,7 @@ class ELBOLoss(nn.Module):
         return elbo_terms(
             recon, x, mu, logvar, kl=kl, likelihood=self.likelihood, beta=self.beta,
             reduction=self.reduction, prior=prior, sample_weight=sample_weight, mask=mask,
-            backend=self.backend,
+            inplace_backward=self.inplace_backward, backend=self.backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -60,6 +60,7 @@ class Ops(Protocol):
         weight: Tensor | None,
         beta: float,
         reduction: str,
+        inplace_backward: bool,
     ) -> Terms: ...
 
 

@@ -34,6 +34,23 @@ def status() -> Backend:
     return _STATUS
 
 
+def empty_cache() -> int:
+    """Frees the memory that is kept for the next large CPU outputs.
+
+    Outputs of 256 KiB and more reuse memory that earlier ones have given back, up to four pieces.
+    ``FASTVAE_CACHE=0`` in the environment turns that off.
+
+    Returns:
+        How many bytes were freed.
+    """
+    if not _STATUS.available:
+        return 0
+    from fastvae import _C
+
+    freed: int = _C.empty_cache()
+    return freed
+
+
 def _seed(mu: Tensor, generator: torch.Generator | None) -> Tensor:
     """As draw_seed, the same value; an op of ours is faster and compiles to the same draws."""
     if in_transform():  # randint obeys vmap's randomness=
@@ -89,10 +106,12 @@ def elbo(
     weight: Tensor | None,
     beta: float,
     reduction: str,
+    inplace_backward: bool,
 ) -> Terms:
     args = (likelihood.family, likelihood.options, mask, weight)
     if not torch.compiler.is_compiling():
-        return Terms(*_ops.elbo.default(x, params, kl, *args, beta, reduction))
+        op = _ops.elbo_inplace.default if inplace_backward else _ops.elbo.default
+        return Terms(*op(x, params, kl, *args, beta, reduction))
     # Traced, an op's float is a constant: each β of an annealing schedule would compile again.
     loss, ll, _ = _ops.elbo.default(x, params, kl * beta, *args, 1.0, reduction)
     weighted = kl.detach() if weight is None else kl.detach() * weight

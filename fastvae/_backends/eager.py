@@ -141,6 +141,7 @@ def elbo(
     weight: Tensor | None,
     beta: float,
     reduction: str,
+    inplace_backward: bool,  # autograd keeps what it keeps
 ) -> Terms:
     ll = log_likelihood(x, params, likelihood, mask)
     if ll.dim() == 2:
