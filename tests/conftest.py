@@ -22,8 +22,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """70,001 columns take the interpreter minutes; 5,001 are split over programs just as well."""
+    """70,001 columns take the interpreter minutes; 5,001 are split over programs just as well.
+    Exhaustive tests run when they are asked for."""
     slow = [i for i in items if "triton" in i.name and "70001" in i.name] if not GPU else []
+    if "exhaustive" not in config.option.markexpr:
+        slow += [i for i in items if i.get_closest_marker("exhaustive")]
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [i for i in items if i not in set(slow)]
