@@ -16,6 +16,7 @@ test: $(VENV)/built $(VENV)/triton-3.7.1
 
 bench: $(VENV)/built
 	python -m pytest benchmarks --benchmark-json=benchmarks/last.json
+	python -m benchmarks.scaling
 
 bench-gpu: $(VENV)/built
 	python -m pytest benchmarks --device cuda --benchmark-json=benchmarks/last-gpu.json

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, report
+from benchmarks import gpu, report, requirements
 from benchmarks.cases import CASES
 from benchmarks.runner import MEASURED
 
@@ -28,13 +28,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
+    if requirements.OUTCOMES:
+        terminalreporter.section("fastvae requirements")
+        terminalreporter.write("\n".join([report.environment(), *requirements.lines()]) + "\n")
     if not MEASURED:
         return
     terminalreporter.section("fastvae benchmarks")
     terminalreporter.write("\n".join(report.lines(MEASURED)) + "\n")
-    if config.getoption("device", "cpu") == "cuda":
-        from benchmarks import plot  # matplotlib
+    if not config.getoption("benchmark_json", None):  # `make bench` gives one
+        return
+    from benchmarks import plot  # matplotlib
 
-        picture = Path(__file__).with_name("gpu.png")
-        if plot.draw(MEASURED, report.gpu_name(), picture):
-            terminalreporter.write(f"plot: {picture}\n")
+    on_gpu = config.getoption("device", "cpu") == "cuda"
+    name = report.gpu_name() if on_gpu else report.environment()
+    picture = Path(__file__).parents[1] / "docs" / ("gpu.png" if on_gpu else "cpu.png")
+    if plot.draw(MEASURED, name, picture):
+        terminalreporter.write(f"plot: {picture}\n")

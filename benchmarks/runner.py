@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -128,6 +129,25 @@ def race(contenders: dict[str, Contender], problem: Problem) -> Race:
         gc.enable()
     elapsed = time.perf_counter() - start
     return Race(seconds, floor, max(0.0, others_seconds() - others) / elapsed)
+
+
+def alternate(*functions: Callable[[], object], budget: float = BUDGET) -> list[list[float]]:
+    """Seconds of each call, in turns; two warm-up rounds are thrown away."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    start = time.perf_counter()
+    while len(seconds[0]) < ROUNDS[0] + 2 or (
+        len(seconds[0]) < ROUNDS[1] and time.perf_counter() - start < budget
+    ):
+        for function, taken in zip(functions, seconds, strict=True):
+            before = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - before)
+    return [taken[2:] for taken in seconds]
+
+
+def interleave(ours: Callable[[], object], theirs: Callable[[], object]) -> list[float]:
+    """Their time over ours, round by round."""
+    return [t / o for o, t in zip(*alternate(ours, theirs), strict=True)]
 
 
 def others_seconds() -> float:
