@@ -93,6 +93,7 @@ def extension() -> dict:
         "log_likelihood",
         "elbo",
         "triton",
+        "python",
     ]
     sources += ["cpu/dispatch"]
     module = CppExtension(

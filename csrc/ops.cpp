@@ -1,11 +1,5 @@
-// The operators' schemas, and the Python module of build facts.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The operators' schemas.
 #include <torch/library.h>
-#include <torch/version.h>
-
-#include "rowwise.h"
-#include "triton.h"
 
 TORCH_LIBRARY(fastvae, m) {
   // Dimension 0 is the batch. `needs` says which gradients to make: [x, parameters...] or
@@ -47,32 +41,4 @@ TORCH_LIBRARY(fastvae, m) {
   m.def(
       "elbo_reduce(Tensor log_likelihood, Tensor kl, Tensor? weight, float beta, str reduction) "
       "-> (Tensor loss, Tensor log_likelihood_out, Tensor kl_out)");
-}
-
-namespace py = pybind11;
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts of the fastvae extension; importing it registers torch.ops.fastvae.";
-  m.def("build_info", [] {
-    py::dict info;
-    info["version"] = FASTVAE_VERSION;
-    info["compiler"] = __VERSION__;
-    info["torch"] = TORCH_VERSION;
-    info["isas"] = fastvae::compiled_isas();
-    info["isa"] = fastvae::kernels().isa;
-    return info;
-  });
-  m.def("likelihoods", &fastvae::likelihood_names);
-  m.def("empty_cache", &fastvae::empty_cache);
-  m.def("interpret", &fastvae::triton::set_interpreting, py::arg("on"),
-        "Whether this thread's CPU tensors go to Triton's interpreter; returns what was before.");
-  m.def(
-      "philox",
-      [](const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
-        std::array<uint32_t, 4> out{};
-        fastvae::kernels().philox(counter.data(), key.data(), out.data());
-        return out;
-      },
-      py::arg("counter"), py::arg("key"),
-      "Philox4x32-10 by the vector kernel, for known-answer tests.");
 }

@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,28 @@ def _load() -> Backend:
 _STATUS = _load()
 
 _ops = torch.ops.fastvae
+
+
+class _Nothing:
+    """What `direct` is without the extension."""
+
+    def rsample(self, *args: object) -> None: ...
+    def rsample_kl(self, *args: object) -> None: ...
+    def elbo(self, *args: object) -> None: ...
+
+
+def _direct() -> Any:
+    if not _STATUS.available:
+        return _Nothing()
+    import fastvae._C as _C
+
+    return _C
+
+
+#: The common calls without torch.ops, whose matching of arguments to a schema takes longer than a
+#: small kernel. Each returns None where it can't serve, or where an operator refuses an argument:
+#: the checks of functional.py then say why, in the words of that interface.
+direct = _direct()
 
 
 def status() -> Backend:

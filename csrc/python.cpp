@@ -1,0 +1,116 @@
+// The Python module: facts of the build, and the common calls of operators without torch.ops, which
+// takes 2 to 3 µs to match the arguments to a schema.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "rowwise.h"
+#include "triton.h"
+
+namespace fastvae {
+namespace {
+
+namespace py = pybind11;
+
+using Sample = std::tuple<Tensor, Tensor>;
+using Terms = std::tuple<Tensor, Tensor, Tensor>;
+
+// What these functions return where somebody else has to see the call (a subclass of Tensor, a
+// mode, a transform), where it is not the common one, and where an operator refuses it: None. The
+// caller then takes the long way, by its own checks and torch.ops.
+template <class Result>
+using Maybe = std::optional<Result>;
+
+template <class Result, class Fn>
+Maybe<Result> attempt(std::initializer_list<py::handle> tensors, Fn&& call) {
+  if (at::impl::torch_function_mode_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+      needs_composite({}))
+    return std::nullopt;
+  for (const py::handle t : tensors)
+    if (!THPVariable_CheckExact(t.ptr()) || !THPVariable_Unpack(t.ptr()).is_cpu())
+      return std::nullopt;
+  try {
+    const py::gil_scoped_release no_gil;
+    return call();
+  } catch (const c10::Error&) {  // Python's own errors, those of saved-tensor hooks, go through
+    return std::nullopt;
+  }
+}
+
+const Tensor& tensor(py::handle h) { return THPVariable_Unpack(h.ptr()); }
+
+Tensor draw_seed(const Tensor& like) {
+  static const auto op =
+      typed_op<Tensor(const Tensor&, std::optional<at::Generator>)>("fastvae::seed");
+  static const std::optional<at::Generator> torchs_own;
+  return op.call(like, torchs_own);
+}
+
+Maybe<Tensor> rsample(py::handle mu, py::handle logvar, py::handle sample_offset) {
+  if (!PyLong_CheckExact(sample_offset.ptr())) return std::nullopt;
+  int overflow = 0;
+  const int64_t offset = PyLong_AsLongLongAndOverflow(sample_offset.ptr(), &overflow);
+  if (overflow != 0) return std::nullopt;
+  return attempt<Tensor>({mu, logvar}, [&] {
+    static const auto op = typed_op<Tensor(const Tensor&, const Tensor&, const Tensor&,
+                                           std::optional<int64_t>, int64_t)>("fastvae::rsample");
+    return op.call(tensor(mu), tensor(logvar), draw_seed(tensor(mu)), std::nullopt, offset);
+  });
+}
+
+Maybe<Sample> rsample_kl(py::handle mu, py::handle logvar, py::handle sample_offset) {
+  if (!PyLong_CheckExact(sample_offset.ptr())) return std::nullopt;
+  int overflow = 0;
+  const int64_t offset = PyLong_AsLongLongAndOverflow(sample_offset.ptr(), &overflow);
+  if (overflow != 0) return std::nullopt;
+  return attempt<Sample>({mu, logvar}, [&] {
+    static const auto op = typed_op<Sample(const Tensor&, const Tensor&, const Tensor&,
+                                           std::optional<int64_t>, int64_t)>("fastvae::rsample_kl");
+    return op.call(tensor(mu), tensor(logvar), draw_seed(tensor(mu)), std::nullopt, offset);
+  });
+}
+
+Maybe<Terms> elbo(py::handle x, py::handle recon, py::handle kl, const std::string& family,
+                  const std::vector<double>& options, double beta, const std::string& reduction) {
+  return attempt<Terms>({x, recon, kl}, [&] {
+    static const auto op = typed_op<Terms(
+        const Tensor&, at::TensorList, const Tensor&, c10::string_view, at::ArrayRef<double>,
+        const OptTensor&, const OptTensor&, double, c10::string_view)>("fastvae::elbo");
+    return op.call(tensor(x), tensor(recon), tensor(kl), family, options, {}, {}, beta, reduction);
+  });
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTVAE_VERSION;
+  info["compiler"] = __VERSION__;
+  info["torch"] = TORCH_VERSION;
+  info["isas"] = compiled_isas();
+  info["isa"] = kernels().isa;
+  return info;
+}
+
+std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter,
+                               const std::array<uint32_t, 2>& key) {
+  std::array<uint32_t, 4> out{};
+  kernels().philox(counter.data(), key.data(), out.data());
+  return out;
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The fastvae extension; importing it registers torch.ops.fastvae.";
+  m.def("build_info", build_info);
+  m.def("likelihoods", likelihood_names);
+  m.def("empty_cache", empty_cache);
+  m.def("interpret", triton::set_interpreting, py::arg("on"),
+        "Whether this thread's CPU tensors go to Triton's interpreter; returns what was before.");
+  m.def("philox", philox, py::arg("counter"), py::arg("key"),
+        "Philox4x32-10 by the vector kernel, for known-answer tests.");
+  m.def("rsample", torch::wrap_pybind_function(rsample));
+  m.def("rsample_kl", torch::wrap_pybind_function(rsample_kl));
+  m.def("elbo", torch::wrap_pybind_function(elbo));
+}
+
+}  // namespace
+}  // namespace fastvae
