@@ -28,28 +28,39 @@ FLAGS = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", "-mf16c"],
+    "NEON": [],  # cross-compiled and emulated
 }
 
 forward = torch.ops.fastvae.log_likelihood_forward
 
 
-def errors(isa: str, step: int, folder: Path) -> dict[str, float]:
-    """The largest error of each function over every step-th float32, by ulp.cpp for this set."""
+def build(program: str, isa: str, folder: Path) -> list[str]:
+    """Compiles tests/`program`.cpp for an instruction set; the command that runs it."""
     include = Path(torch.__file__).parent / "include"
     libraries = str(include.parent / "lib")
-    compiler = shutil.which(os.environ.get("CXX", "g++").split()[0])
-    if compiler is None or not include.is_dir():
-        pytest.skip("needs a C++ compiler and torch's headers")
-    flags = f"-std=c++20 -O2 -fopenmp -ffp-contract=off -fno-math-errno -DCPU_CAPABILITY={isa}"
+    compiler = "aarch64-linux-gnu-g++" if isa == "NEON" else os.environ.get("CXX", "g++").split()[0]
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if shutil.which(compiler) is None or not include.is_dir():
+        pytest.skip(f"needs {compiler} and torch's headers")
+    if isa == "NEON" and emulator is None:
+        pytest.skip("needs qemu-aarch64 (Debian: qemu-user)")
+    name = "DEFAULT" if isa == "NEON" else isa
+    flags = f"-std=c++20 -O2 -fopenmp -ffp-contract=off -fno-math-errno -DCPU_CAPABILITY={name}"
+    link = ["-L", libraries, f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(
-        [compiler, *flags.split(), f"-DCPU_CAPABILITY_{isa}", *FLAGS[isa], "-w",
-         "-I", str(ROOT / "csrc"), "-I", str(include), str(ROOT / "tests/ulp.cpp"),
-         "-L", libraries, f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10", "-o", "ulp"],
+        [compiler, *flags.split(), f"-DCPU_CAPABILITY_{name}", *FLAGS[isa], "-w",
+         "-I", str(ROOT / "csrc"), "-I", str(include), str(ROOT / f"tests/{program}.cpp"),
+         *(["-static"] if isa == "NEON" else link), "-o", program],
         cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return [*([emulator] if isa == "NEON" and emulator else []), str(folder / program)]
+
+
+def errors(isa: str, step: int, folder: Path) -> dict[str, float]:
+    """The largest error of each function over every step-th float32, by ulp.cpp for this set."""
     listing = subprocess.run(
-        [folder / "ulp", str(step)], check=True, capture_output=True, text=True
+        [*build("ulp", isa, folder), str(step)], check=True, capture_output=True, text=True
     ).stdout
     print(f"\n{isa}, every {step}:\n{listing}")
     return {line.split()[0]: float(line.split()[1]) for line in listing.splitlines()}
@@ -66,9 +77,26 @@ USABLE = (
 @pytest.mark.parametrize("step", [1021, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("isa", USABLE)
 def test_every_function_keeps_its_bound(isa: str, step: int, tmp_path: Path) -> None:
-    measured = errors(isa, step, tmp_path)
+    within_bounds(errors(isa, step, tmp_path))
+
+
+def within_bounds(measured: dict[str, float]) -> None:
     assert measured.keys() == BOUNDS.keys()
     assert {name: e for name, e in measured.items() if not e <= BOUNDS[name]} == {}
+
+
+def test_neon_keeps_the_bounds_in_an_emulator(tmp_path: Path) -> None:
+    within_bounds(errors("NEON", 20477, tmp_path))
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "NEON"])
+def test_sets_with_fused_multiply_adds_draw_the_same_bits(isa: str, tmp_path: Path) -> None:
+    if isa not in (*USABLE, "NEON") or USABLE == ["DEFAULT"]:
+        pytest.skip("needs AVX2")
+    listing = subprocess.run(build("noise", isa, tmp_path), check=True, capture_output=True).stdout
+    seed = torch.tensor([0x123456789ABCDEF])
+    drawn = torch.ops.fastvae.noise(seed, [1, 4096], 1, 0).flatten().view(torch.int32)
+    assert [int(line) for line in listing.split()] == drawn.tolist()
 
 
 def all_exponents(low: float, high: float, count: int = 400_000) -> Tensor:

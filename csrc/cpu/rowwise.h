@@ -1,14 +1,13 @@
 // The only loop over elements of a likelihood: load, formula, mask, reduce along the row, store.
 //
-// A row is taken in tiles that fit the L1 cache. Inputs already in the compute type are read where
-// they lie; others (half precision, uint8, a constant per row) are staged in a tile-sized buffer,
-// so that one instantiation per formula and compute type serves every dtype.
+// A row is taken in tiles that fit the L1 cache. Inputs in the compute type or in half precision
+// are read where they lie; others (uint8, a constant per row, float32 for float64) are staged in a
+// tile-sized buffer, so that one instantiation per formula and compute type serves every dtype.
 #pragma once
 
 #include <ATen/Parallel.h>
 
-#include "kernels.h"
-#include "vec.h"
+#include "element.h"
 
 #include "../formulas/all.h"
 
@@ -26,53 +25,60 @@ inline int64_t grain(int64_t elements_per_unit) {
   return elements_per_unit >= grain_elements ? 1 : grain_elements / (elements_per_unit + 1) + 1;
 }
 
-template <class Fn>
-inline void with_dtype(DType dtype, Fn&& fn) {
-  switch (dtype) {
-    case DType::f64:
-      return fn(double{});
-    case DType::f32:
-      return fn(float{});
-    case DType::bf16:
-      return fn(c10::BFloat16{});
-    case DType::f16:
-      return fn(c10::Half{});
-    case DType::u8:
-      return fn(uint8_t{});
-  }
+// Calls body(i, count) for each vector of [0, n). The count is a constant but for the last one,
+// which may be partial.
+template <class T, class Body>
+FASTVAE_INLINE void for_vectors(int64_t n, Body&& body) {
+  constexpr int64_t width = Vec<T>::size();
+  const int64_t whole = n - n % width;
+  for (int64_t i = 0; i < whole; i += width) body(i, std::integral_constant<int64_t, width>{});
+  if (whole < n) body(whole, n - whole);
 }
 
+// Elements [col, col + n) of row `row`, where they lie if a vector of them can be read as T, else
+// converted to `buffer`.
 template <class T>
-constexpr DType dtype_of = std::is_same_v<T, double> ? DType::f64 : DType::f32;
-
-// Elements [col, col + n) of row `row` in the compute type: in place where possible, else in
-// `buffer`.
-template <class T>
-inline const T* load_tile(const Operand& x, int64_t row, int64_t col, int64_t n, T* buffer) {
+inline Source<T> source_tile(const Operand& x, int64_t row, int64_t col, int64_t n, T* buffer) {
   const int64_t start = (row % x.period) * x.row_stride + (x.per_row ? 0 : col);
-  if (x.dtype == dtype_of<T> && !x.per_row) return static_cast<const T*>(x.data) + start;
+  Source<T> tile{buffer, dtype_of<T>};
   with_dtype(x.dtype, [&](auto s) {
     using S = decltype(s);
     const S* source = static_cast<const S*>(x.data) + start;
-    if (x.per_row) {
-      const T value = static_cast<T>(*source);
-      for (int64_t i = 0; i < n; ++i) buffer[i] = value;
-    } else {
+    if (x.per_row)
+      std::fill_n(buffer, n, static_cast<T>(*source));
+    else if (reads<T>(x.dtype))
+      tile = {source, x.dtype};
+    else
       at::vec::convert<S, T>(source, buffer, n);
-    }
+  });
+  return tile;
+}
+
+// The same in the compute type: in place where possible, else in `buffer`.
+template <class T>
+inline const T* load_tile(const Operand& x, int64_t row, int64_t col, int64_t n, T* buffer) {
+  const Source<T> source = source_tile(x, row, col, n, buffer);
+  if (source.dtype == dtype_of<T>) return static_cast<const T*>(source.data);
+  for_vectors<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+    source.read(i, count).store(buffer + i, count);
   });
   return buffer;
 }
 
-// Where a tile of an output is written: in place, or in `buffer` until store_tile converts it.
+// Where a tile of an output is written: in place where vectors can be, else in `buffer` until
+// store_tile() converts it.
 template <class T>
-inline T* output_tile(const Output& y, int64_t start, T* buffer) {
-  return y.dtype == dtype_of<T> ? static_cast<T*>(y.data) + start : buffer;
+inline Sink<T> sink_tile(const Output& y, int64_t start, T* buffer) {
+  Sink<T> tile{buffer, dtype_of<T>};
+  with_dtype(y.dtype, [&](auto s) {
+    if (writes<T>(y.dtype)) tile = {static_cast<decltype(s)*>(y.data) + start, y.dtype};
+  });
+  return tile;
 }
 
 template <class T>
 inline void store_tile(const Output& y, int64_t start, int64_t n, const T* values) {
-  if (y.dtype == dtype_of<T>) return;
+  if (writes<T>(y.dtype)) return;
   with_dtype(y.dtype, [&](auto s) {
     using S = decltype(s);
     at::vec::convert<T, S>(values, static_cast<S*>(y.data) + start, n);
@@ -86,7 +92,9 @@ class Sum {
   static constexpr int64_t width = V::size();
 
  public:
-  static constexpr int64_t run = 32 * width;  // elements that may be added before a flush()
+  // Elements that may be added before a flush(), and before a flush_odds(): the product of 96
+  // factors in [1, 2] is finite, and a logarithm costs as much as three vectors of the formula.
+  static constexpr int64_t run = 32 * width, odds_run = 3 * run;
 
   FASTVAE_INLINE void add(const V& v) { sum_ = sum_ + v; }
   // Subtracts ln(1 + odds): 1 + odds multiplies a product, of which only what exceeds 1 is kept,
@@ -96,9 +104,12 @@ class Sum {
     any_odds_ = true;
   }
   FASTVAE_INLINE void flush() {
-    if (any_odds_) sum_ = sum_ - log1p(odds_);
     add_wide(sum_, wide_);
-    sum_ = odds_ = V(T(0));
+    sum_ = V(T(0));
+  }
+  FASTVAE_INLINE void flush_odds() {
+    if (any_odds_) add_wide(-log1p(odds_), wide_);
+    odds_ = V(T(0));
   }
   double total() const {
     F64 sum = wide_[0];
@@ -116,25 +127,19 @@ class Sum {
   F64 wide_[width / F64::size()] = {};
 };
 
-// Calls body(i, count) for each vector of [0, n). The count is a constant but for the last one,
-// which may be partial.
-template <class T, class Body>
-FASTVAE_INLINE void for_vectors(int64_t n, Body&& body) {
-  constexpr int64_t width = Vec<T>::size();
-  const int64_t whole = n - n % width;
-  for (int64_t i = 0; i < whole; i += width) body(i, std::integral_constant<int64_t, width>{});
-  if (whole < n) body(whole, n - whole);
-}
-
-// The same with a Sum as third argument, which it returns.
+// Like for_vectors, with a Sum as third argument, whose total is returned.
 template <class T, class Body>
 FASTVAE_INLINE double sum_vectors(int64_t n, Body&& body) {
   Sum<T> sum;
-  for (int64_t first = 0; first < n; first += Sum<T>::run) {
-    for_vectors<T>(std::min(n - first, Sum<T>::run),
-                   [&](int64_t i, auto count)
-                       __attribute__((always_inline)) { body(first + i, count, sum); });
-    sum.flush();
+  for (int64_t first = 0; first < n;) {
+    for (const int64_t end = std::min(n, first + Sum<T>::odds_run); first < end;
+         first += Sum<T>::run) {
+      for_vectors<T>(std::min(end - first, Sum<T>::run),
+                     [&](int64_t i, auto count)
+                         __attribute__((always_inline)) { body(first + i, count, sum); });
+      sum.flush();
+    }
+    sum.flush_odds();
   }
   return sum.total();
 }
@@ -157,44 +162,50 @@ consteval unsigned units() {
 
 // Whether all n values are in [0, 1].
 template <class T>
-inline bool in_unit(const T* x, int64_t n, const T* mask) {
-  for (int64_t i = 0; i < n; ++i)
-    if (!(x[i] >= T(0) && x[i] <= T(1)) && !(mask && mask[i] == T(0))) return false;
+inline bool in_unit(const Source<T>& x, int64_t n, const T* mask) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T v = x.value(i);
+    if (!(v >= T(0) && v <= T(1)) && !(mask && mask[i] == T(0))) return false;
+  }
   return true;
 }
 
-// One tile: returns Σ value, writes scale · gradient where grad[j] is given, flags inputs outside
+// One tile: returns Σ value, writes scale · gradient where grad[j] is wanted, flags inputs outside
 // their domain. A partial vector is loaded with zeros behind it, which lie in every domain; what it
 // adds to the sum is cut off.
 template <class F, class T, bool Grad, bool Masked>
-inline double formula_tile(const T* const* in, const T* mask, T* const* grad, int64_t n,
-                           const Vec<T>* options, T scale, unsigned& outside) {
+inline double formula_tile(const Source<T> (&in)[F::inputs], const T* mask,
+                           const Sink<T> (&grad)[F::inputs], int64_t n, const Vec<T>* options,
+                           T scale, unsigned& outside) {
   using V = Vec<T>;
   const V zero(T(0)), factor(scale);
   constexpr unsigned unit_inputs = units<F>();
-  Mask<V> inside[F::inputs];
-  for (auto& m : inside) m = equal(zero, zero);
+  InUnit<V> inside[F::inputs];
+  Source<T> from[F::inputs];  // copies: a store of floats could change what `in` refers to
+  Sink<T> to[F::inputs];
+  std::copy_n(in, F::inputs, from);
+  std::copy_n(grad, F::inputs, to);
 
   const double total =
       sum_vectors<T>(n, [&](int64_t i, auto count, Sum<T>& sum) __attribute__((always_inline)) {
         V x[F::inputs];
         Mask<V> drop;
-        for (int j = 0; j < F::inputs; ++j) x[j] = V::loadu(in[j] + i, count);
-        for (int j = 0; j < F::inputs; ++j) __builtin_prefetch(in[j] + i + ahead, 0, 2);
+        for (int j = 0; j < F::inputs; ++j) x[j] = from[j].read(i, count);
+        for (int j = 0; j < F::inputs; ++j) from[j].prefetch(i + ahead);
         if constexpr (Masked) {  // zeroed before the formula for the domain's sake, after it for
                                  // the value's
           drop = equal(V::loadu(mask + i, count), zero);
           for (V& v : x) v = select(drop, zero, v);
         }
         for (int j = 0; j < F::inputs; ++j)
-          if (unit_inputs >> j & 1) inside[j] = and_in_unit(inside[j], x[j]);
+          if (unit_inputs >> j & 1) inside[j].add(x[j]);
         const auto r = F::template eval<V>(x, options);
         if constexpr (Grad) {
           for (int j = 0; j < F::inputs; ++j) {
-            if (!grad[j]) continue;
+            if (!to[j].data) continue;
             V g = factor * r.grad[j];
             if constexpr (Masked) g = select(drop, zero, g);
-            g.store(grad[j] + i, count);
+            to[j].write(g, i, count);
           }
         }
         V value = r.value, odds = r.odds;
@@ -206,7 +217,7 @@ inline double formula_tile(const T* const* in, const T* mask, T* const* grad, in
       });
 
   for (int j = 0; j < F::inputs; ++j)
-    if (unit_inputs >> j & 1 && !all<V>(inside[j]) && !in_unit(in[j], n, mask)) outside |= 1u << j;
+    if (unit_inputs >> j & 1 && !inside[j].all() && !in_unit(in[j], n, mask)) outside |= 1u << j;
   return total;
 }
 
@@ -229,23 +240,22 @@ inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsi
     double sums[1 + max_inputs] = {};
     for (int64_t col = first; col < last; col += tile) {
       const int64_t n = std::min(tile, last - col), start = row * a.cols + col;
-      const T* in[F::inputs];
-      T* grad[F::inputs] = {};
+      Source<T> in[F::inputs];
+      Sink<T> grad[F::inputs];
       for (int j = 0; j < F::inputs; ++j) {
-        in[j] = load_tile(a.in[j], row, col, n, in_buffer[j]);
+        in[j] = source_tile(a.in[j], row, col, n, in_buffer[j]);
         if (!Grad) continue;
-        if (a.sum_grad[j]) grad[j] = grad_buffer[j];
-        if (a.grad[j].data) grad[j] = output_tile(a.grad[j], start, grad_buffer[j]);
+        if (a.sum_grad[j]) grad[j].data = grad_buffer[j];
+        if (a.grad[j].data) grad[j] = sink_tile(a.grad[j], start, grad_buffer[j]);
       }
       const T* mask = Masked ? load_tile(a.mask, row, col, n, mask_buffer) : nullptr;
       sums[0] += formula_tile<F, T, Grad, Masked>(in, mask, grad, n, options, static_cast<T>(scale),
                                                   outside);
-      for (int j = 0; j < F::inputs; ++j) {
-        if (!grad[j]) continue;
+      for (int j = 0; Grad && j < F::inputs; ++j) {
         if (a.sum_grad[j])
-          sums[1 + j] += sum_of(grad[j], n);
-        else
-          store_tile(a.grad[j], start, n, grad[j]);
+          sums[1 + j] += sum_of(grad_buffer[j], n);
+        else if (grad[j].data)
+          store_tile(a.grad[j], start, n, grad_buffer[j]);
       }
     }
     std::memcpy(a.sums + unit * (1 + max_inputs), sums, sizeof sums);
