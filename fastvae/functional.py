@@ -283,6 +283,7 @@ def _family(likelihood: str | Likelihood) -> Likelihood:
 
 # --- validation: once ---
 
+
 def check_reduction(reduction: str) -> None:
     """Raises unless reduction is a known name."""
     if reduction not in _REDUCTIONS:

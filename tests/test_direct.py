@@ -144,9 +144,9 @@ def test_an_error_of_a_saved_tensor_hook_passes_through(reentrant: bool) -> None
     def refuse(t: Tensor) -> Tensor:
         raise KeyError("the hook's own")
 
-    with torch.autograd.graph.saved_tensors_hooks(refuse, lambda t: t):
-        with pytest.raises(KeyError, match="the hook's own"):
-            block(mu, logvar, logits)
+    hooks = torch.autograd.graph.saved_tensors_hooks(refuse, lambda t: t)
+    with hooks, pytest.raises(KeyError, match="the hook's own"):
+        block(mu, logvar, logits)
 
 
 def test_a_named_likelihood_is_made_once_and_not_shared_with_modules() -> None:
