@@ -47,26 +47,17 @@ Tensor draw_seed(const Tensor& like) {
   return op.call(like, torchs_own);
 }
 
-Maybe<Tensor> rsample(py::handle mu, py::handle logvar, py::handle sample_offset) {
+// rsample and rsample_kl, which differ in what they return.
+template <class Result>
+Maybe<Result> sample(py::handle mu, py::handle logvar, py::handle sample_offset) {
   if (!PyLong_CheckExact(sample_offset.ptr())) return std::nullopt;
   int overflow = 0;
   const int64_t offset = PyLong_AsLongLongAndOverflow(sample_offset.ptr(), &overflow);
   if (overflow != 0) return std::nullopt;
-  return attempt<Tensor>({mu, logvar}, [&] {
-    static const auto op = typed_op<Tensor(const Tensor&, const Tensor&, const Tensor&,
-                                           std::optional<int64_t>, int64_t)>("fastvae::rsample");
-    return op.call(tensor(mu), tensor(logvar), draw_seed(tensor(mu)), std::nullopt, offset);
-  });
-}
-
-Maybe<Sample> rsample_kl(py::handle mu, py::handle logvar, py::handle sample_offset) {
-  if (!PyLong_CheckExact(sample_offset.ptr())) return std::nullopt;
-  int overflow = 0;
-  const int64_t offset = PyLong_AsLongLongAndOverflow(sample_offset.ptr(), &overflow);
-  if (overflow != 0) return std::nullopt;
-  return attempt<Sample>({mu, logvar}, [&] {
-    static const auto op = typed_op<Sample(const Tensor&, const Tensor&, const Tensor&,
-                                           std::optional<int64_t>, int64_t)>("fastvae::rsample_kl");
+  return attempt<Result>({mu, logvar}, [&] {
+    static const auto op = typed_op<Result(const Tensor&, const Tensor&, const Tensor&,
+                                           std::optional<int64_t>, int64_t)>(
+        std::is_same_v<Result, Tensor> ? "fastvae::rsample" : "fastvae::rsample_kl");
     return op.call(tensor(mu), tensor(logvar), draw_seed(tensor(mu)), std::nullopt, offset);
   });
 }
@@ -107,8 +98,8 @@ PYBIND11_MODULE(_C, m) {
         "Whether this thread's CPU tensors go to Triton's interpreter; returns what was before.");
   m.def("philox", philox, py::arg("counter"), py::arg("key"),
         "Philox4x32-10 by the vector kernel, for known-answer tests.");
-  m.def("rsample", torch::wrap_pybind_function(rsample));
-  m.def("rsample_kl", torch::wrap_pybind_function(rsample_kl));
+  m.def("rsample", torch::wrap_pybind_function(sample<Tensor>));
+  m.def("rsample_kl", torch::wrap_pybind_function(sample<Sample>));
   m.def("elbo", torch::wrap_pybind_function(elbo));
 }
 

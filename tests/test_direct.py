@@ -77,24 +77,22 @@ def test_they_leave_strange_offsets_to_the_checks(offset: object) -> None:
     assert cpp.direct.rsample_kl(mu, logvar, offset) is None
 
 
-class Functions(TorchFunctionMode):
+class Recorder:
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def record(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
+class Functions(Recorder, TorchFunctionMode):
+    __torch_function__ = Recorder.record
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class Operators(Recorder, TorchDispatchMode):
+    __torch_dispatch__ = Recorder.record
 
 
 @pytest.mark.parametrize("mode", [Functions, Operators])

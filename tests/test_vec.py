@@ -31,6 +31,8 @@ FLAGS = {
     "NEON": [],  # cross-compiled and emulated
 }
 
+QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+
 forward = torch.ops.fastvae.log_likelihood_forward
 
 
@@ -38,23 +40,23 @@ def build(program: str, isa: str, folder: Path) -> list[str]:
     """Compiles tests/`program`.cpp for an instruction set; the command that runs it."""
     include = Path(torch.__file__).parent / "include"
     libraries = str(include.parent / "lib")
-    compiler = "aarch64-linux-gnu-g++" if isa == "NEON" else os.environ.get("CXX", "g++").split()[0]
-    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    compiler, name, emulator = os.environ.get("CXX", "g++").split()[0], isa, []
+    link = ["-L", libraries, f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"]
+    if isa == "NEON":
+        compiler, name, link, emulator = "aarch64-linux-gnu-g++", "DEFAULT", ["-static"], [QEMU]
     if shutil.which(compiler) is None or not include.is_dir():
         pytest.skip(f"needs {compiler} and torch's headers")
-    if isa == "NEON" and emulator is None:
+    if None in emulator:
         pytest.skip("needs qemu-aarch64 (Debian: qemu-user)")
-    name = "DEFAULT" if isa == "NEON" else isa
     flags = f"-std=c++20 -O2 -fopenmp -ffp-contract=off -fno-math-errno -DCPU_CAPABILITY={name}"
-    link = ["-L", libraries, f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(
         [compiler, *flags.split(), f"-DCPU_CAPABILITY_{name}", *FLAGS[isa], "-w",
          "-I", str(ROOT / "csrc"), "-I", str(include), str(ROOT / f"tests/{program}.cpp"),
-         *(["-static"] if isa == "NEON" else link), "-o", program],
+         *link, "-o", program],
         cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [*([emulator] if isa == "NEON" and emulator else []), str(folder / program)]
+    return [*emulator, str(folder / program)]
 
 
 def errors(isa: str, step: int, folder: Path) -> dict[str, float]:

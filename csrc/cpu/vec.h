@@ -501,7 +501,7 @@ FASTVAE_INLINE SinCos sincospi(const F32& t) {
                                                              _mm512_set1_epi32(INT32_MIN), 0x78)));
   };
 #else
-  const F32 odd = at::vec::cast<float>(shift_left<31>(k) >> I32(31));
+  const auto odd = sign_bit(at::vec::cast<float>(shift_left<31>(k)));
   const auto flip = [](const F32& v, const I32& turn) {
     return v ^ at::vec::cast<float>(turn & I32(INT32_MIN));
   };
