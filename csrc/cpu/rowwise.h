@@ -1,13 +1,14 @@
 // The only loop over elements of a likelihood: load, formula, mask, reduce along the row, store.
 //
-// A row is taken in tiles that fit the L1 cache. Inputs in the compute type or in half precision
-// are read where they lie; others (uint8, a constant per row, float32 for float64) are staged in a
-// tile-sized buffer, so that one instantiation per formula and compute type serves every dtype.
+// A row is taken in tiles that fit the L1 cache. Inputs already in the compute type are read where
+// they lie; others (half precision, uint8, a constant per row) are staged in a tile-sized buffer,
+// so that one instantiation per formula and compute type serves every dtype.
 #pragma once
 
 #include <ATen/Parallel.h>
 
-#include "element.h"
+#include "kernels.h"
+#include "vec.h"
 
 #include "../formulas/all.h"
 
@@ -25,6 +26,44 @@ inline int64_t grain(int64_t elements_per_unit) {
   return elements_per_unit >= grain_elements ? 1 : grain_elements / (elements_per_unit + 1) + 1;
 }
 
+template <class Fn>
+inline void with_dtype(DType dtype, Fn&& fn) {
+  switch (dtype) {
+    case DType::f64:
+      return fn(double{});
+    case DType::f32:
+      return fn(float{});
+    case DType::bf16:
+      return fn(c10::BFloat16{});
+    case DType::f16:
+      return fn(c10::Half{});
+    case DType::u8:
+      return fn(uint8_t{});
+  }
+}
+
+template <class T>
+constexpr DType dtype_of = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+
+// buffer = source in the compute type. ATen's own conversion is scalar from 16-bit types.
+template <class T, class S>
+inline void widen(const S* source, int64_t n, T* buffer) {
+  constexpr bool bf16 = std::is_same_v<S, c10::BFloat16>, f16 = std::is_same_v<S, c10::Half>;
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, float> && (bf16 || f16)) {
+    for (; i + F32::size() <= n; i += F32::size()) {
+      F32 v;
+      __builtin_prefetch(source + i + tile, 0, 2);  // the next tile, with a formula in between
+      if constexpr (bf16)
+        at::vec::load_fp32_from_bf16(source + i, v);
+      else
+        at::vec::load_fp32_from_fp16(source + i, v);
+      v.store(buffer + i);
+    }
+  }
+  at::vec::convert<S, T>(source + i, buffer + i, n - i);
+}
+
 // Calls body(i, count) for each vector of [0, n). The count is a constant but for the last one,
 // which may be partial.
 template <class T, class Body>
@@ -35,50 +74,34 @@ FASTVAE_INLINE void for_vectors(int64_t n, Body&& body) {
   if (whole < n) body(whole, n - whole);
 }
 
-// Elements [col, col + n) of row `row`, where they lie if a vector of them can be read as T, else
-// converted to `buffer`.
+// Elements [col, col + n) of row `row` in the compute type: in place where possible, else in
+// `buffer`.
 template <class T>
-inline Source<T> source_tile(const Operand& x, int64_t row, int64_t col, int64_t n, T* buffer) {
+inline const T* load_tile(const Operand& x, int64_t row, int64_t col, int64_t n, T* buffer) {
   const int64_t start = (row % x.period) * x.row_stride + (x.per_row ? 0 : col);
-  Source<T> tile{buffer, dtype_of<T>};
+  if (x.dtype == dtype_of<T> && !x.per_row) return static_cast<const T*>(x.data) + start;
   with_dtype(x.dtype, [&](auto s) {
     using S = decltype(s);
     const S* source = static_cast<const S*>(x.data) + start;
-    if (x.per_row)
-      std::fill_n(buffer, n, static_cast<T>(*source));
-    else if (reads<T>(x.dtype))
-      tile = {source, x.dtype};
-    else
-      at::vec::convert<S, T>(source, buffer, n);
-  });
-  return tile;
-}
-
-// The same in the compute type: in place where possible, else in `buffer`.
-template <class T>
-inline const T* load_tile(const Operand& x, int64_t row, int64_t col, int64_t n, T* buffer) {
-  const Source<T> source = source_tile(x, row, col, n, buffer);
-  if (source.dtype == dtype_of<T>) return static_cast<const T*>(source.data);
-  for_vectors<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-    source.read(i, count).store(buffer + i, count);
+    if (x.per_row) {
+      const T value = static_cast<T>(*source);
+      for (int64_t i = 0; i < n; ++i) buffer[i] = value;
+    } else {
+      widen(source, n, buffer);
+    }
   });
   return buffer;
 }
 
-// Where a tile of an output is written: in place where vectors can be, else in `buffer` until
-// store_tile() converts it.
+// Where a tile of an output is written: in place, or in `buffer` until store_tile converts it.
 template <class T>
-inline Sink<T> sink_tile(const Output& y, int64_t start, T* buffer) {
-  Sink<T> tile{buffer, dtype_of<T>};
-  with_dtype(y.dtype, [&](auto s) {
-    if (writes<T>(y.dtype)) tile = {static_cast<decltype(s)*>(y.data) + start, y.dtype};
-  });
-  return tile;
+inline T* output_tile(const Output& y, int64_t start, T* buffer) {
+  return y.dtype == dtype_of<T> ? static_cast<T*>(y.data) + start : buffer;
 }
 
 template <class T>
 inline void store_tile(const Output& y, int64_t start, int64_t n, const T* values) {
-  if (writes<T>(y.dtype)) return;
+  if (y.dtype == dtype_of<T>) return;
   with_dtype(y.dtype, [&](auto s) {
     using S = decltype(s);
     at::vec::convert<T, S>(values, static_cast<S*>(y.data) + start, n);
@@ -162,11 +185,9 @@ consteval unsigned units() {
 
 // Whether all n values are in [0, 1].
 template <class T>
-inline bool in_unit(const Source<T>& x, int64_t n, const T* mask) {
-  for (int64_t i = 0; i < n; ++i) {
-    const T v = x.value(i);
-    if (!(v >= T(0) && v <= T(1)) && !(mask && mask[i] == T(0))) return false;
-  }
+inline bool in_unit(const T* x, int64_t n, const T* mask) {
+  for (int64_t i = 0; i < n; ++i)
+    if (!(x[i] >= T(0) && x[i] <= T(1)) && !(mask && mask[i] == T(0))) return false;
   return true;
 }
 
@@ -174,15 +195,15 @@ inline bool in_unit(const Source<T>& x, int64_t n, const T* mask) {
 // their domain. A partial vector is loaded with zeros behind it, which lie in every domain; what it
 // adds to the sum is cut off.
 template <class F, class T, bool Grad, bool Masked>
-inline double formula_tile(const Source<T> (&in)[F::inputs], const T* mask,
-                           const Sink<T> (&grad)[F::inputs], int64_t n, const Vec<T>* options,
-                           T scale, unsigned& outside) {
+inline double formula_tile(const T* const (&in)[F::inputs], const T* mask,
+                           T* const (&grad)[F::inputs], int64_t n, const Vec<T>* options, T scale,
+                           unsigned& outside) {
   using V = Vec<T>;
   const V zero(T(0)), factor(scale);
   constexpr unsigned unit_inputs = units<F>();
   InUnit<V> inside[F::inputs];
-  Source<T> from[F::inputs];  // copies: a store of floats could change what `in` refers to
-  Sink<T> to[F::inputs];
+  const T* from[F::inputs];  // copies: a store of floats could change what `in` refers to
+  T* to[F::inputs];
   std::copy_n(in, F::inputs, from);
   std::copy_n(grad, F::inputs, to);
 
@@ -190,8 +211,8 @@ inline double formula_tile(const Source<T> (&in)[F::inputs], const T* mask,
       sum_vectors<T>(n, [&](int64_t i, auto count, Sum<T>& sum) __attribute__((always_inline)) {
         V x[F::inputs];
         Mask<V> drop;
-        for (int j = 0; j < F::inputs; ++j) x[j] = from[j].read(i, count);
-        for (int j = 0; j < F::inputs; ++j) from[j].prefetch(i + ahead);
+        for (int j = 0; j < F::inputs; ++j) x[j] = V::loadu(from[j] + i, count);
+        for (int j = 0; j < F::inputs; ++j) __builtin_prefetch(from[j] + i + ahead, 0, 2);
         if constexpr (Masked) {  // zeroed before the formula for the domain's sake, after it for
                                  // the value's
           drop = equal(V::loadu(mask + i, count), zero);
@@ -202,10 +223,10 @@ inline double formula_tile(const Source<T> (&in)[F::inputs], const T* mask,
         const auto r = F::template eval<V>(x, options);
         if constexpr (Grad) {
           for (int j = 0; j < F::inputs; ++j) {
-            if (!to[j].data) continue;
+            if (!to[j]) continue;
             V g = factor * r.grad[j];
             if constexpr (Masked) g = select(drop, zero, g);
-            to[j].write(g, i, count);
+            g.store(to[j] + i, count);
           }
         }
         V value = r.value, odds = r.odds;
@@ -235,27 +256,28 @@ inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsi
     const int64_t row = unit / per_row, first = unit % per_row * row_chunk;
     const int64_t last = std::min(a.cols, first + row_chunk);
     double scale = a.scale;
-    T weight;
+    T weight{};
     if (Grad && a.weight.data) scale *= *load_tile(a.weight, row, 0, 1, &weight);
     double sums[1 + max_inputs] = {};
     for (int64_t col = first; col < last; col += tile) {
       const int64_t n = std::min(tile, last - col), start = row * a.cols + col;
-      Source<T> in[F::inputs];
-      Sink<T> grad[F::inputs];
+      const T* in[F::inputs];
+      T* grad[F::inputs] = {};
       for (int j = 0; j < F::inputs; ++j) {
-        in[j] = source_tile(a.in[j], row, col, n, in_buffer[j]);
+        in[j] = load_tile(a.in[j], row, col, n, in_buffer[j]);
         if (!Grad) continue;
-        if (a.sum_grad[j]) grad[j].data = grad_buffer[j];
-        if (a.grad[j].data) grad[j] = sink_tile(a.grad[j], start, grad_buffer[j]);
+        if (a.sum_grad[j]) grad[j] = grad_buffer[j];
+        if (a.grad[j].data) grad[j] = output_tile(a.grad[j], start, grad_buffer[j]);
       }
       const T* mask = Masked ? load_tile(a.mask, row, col, n, mask_buffer) : nullptr;
       sums[0] += formula_tile<F, T, Grad, Masked>(in, mask, grad, n, options, static_cast<T>(scale),
                                                   outside);
       for (int j = 0; Grad && j < F::inputs; ++j) {
+        if (!grad[j]) continue;
         if (a.sum_grad[j])
-          sums[1 + j] += sum_of(grad_buffer[j], n);
-        else if (grad[j].data)
-          store_tile(a.grad[j], start, n, grad_buffer[j]);
+          sums[1 + j] += sum_of(grad[j], n);
+        else
+          store_tile(a.grad[j], start, n, grad[j]);
       }
     }
     std::memcpy(a.sums + unit * (1 + max_inputs), sums, sizeof sums);

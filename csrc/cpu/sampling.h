@@ -76,11 +76,11 @@ inline void sample_as(const SampleArgs& a) {
     for (int64_t k = 0; k < a.num_samples; ++k) {
       const int64_t start = (k * a.batch + t.row) * a.cols + t.col;
       const T* eps = load_noise(normals, stream_index(a, t.row, k, t.col), n, buffer);
-      const Sink<T> z = sink_tile(a.z, start, z_buffer);
+      T* z = output_tile(a.z, start, z_buffer);
       for_vectors<T>(n, [&](int64_t i, auto c) __attribute__((always_inline)) {
-        z.write(sample(V::loadu(mu + i, c), V::loadu(logvar + i, c), V::loadu(eps + i, c)), i, c);
+        sample(V::loadu(mu + i, c), V::loadu(logvar + i, c), V::loadu(eps + i, c)).store(z + i, c);
       });
-      store_tile(a.z, start, n, z_buffer);
+      store_tile(a.z, start, n, z);
     }
     if (!a.kl) return;
     for_vectors<T>(n, [&](int64_t i, auto c) __attribute__((always_inline)) {
@@ -116,8 +116,8 @@ inline void sample_backward_as(const SampleBackwardArgs& a) {
     }
     for (int64_t r = 0; a.grad_kl.data && r < t.rows; ++r)
       load_tile(a.grad_kl, t.row + r, 0, t.cols, grad_kl + r * t.cols);
-    const Sink<T> dmu = sink_tile(a.grad_mu, start, dmu_buffer);
-    const Sink<T> dlogvar = sink_tile(a.grad_logvar, start, dlogvar_buffer);
+    T* dmu = output_tile(a.grad_mu, start, dmu_buffer);
+    T* dlogvar = output_tile(a.grad_logvar, start, dlogvar_buffer);
     for_vectors<T>(n, [&](int64_t i, auto c) __attribute__((always_inline)) {
       const V lv = V::loadu(logvar + i, c);
       V g_mu = V::loadu(sum_dz + i, c), g_logvar = V(T(0));
@@ -128,11 +128,11 @@ inline void sample_backward_as(const SampleBackwardArgs& a) {
         g_mu = fmadd(g, kl.grad[0], g_mu);
         g_logvar = fmadd(g, kl.grad[1], g_logvar);
       }
-      dmu.write(g_mu, i, c);
-      dlogvar.write(g_logvar, i, c);
+      g_mu.store(dmu + i, c);
+      g_logvar.store(dlogvar + i, c);
     });
-    store_tile(a.grad_mu, start, n, dmu_buffer);
-    store_tile(a.grad_logvar, start, n, dlogvar_buffer);
+    store_tile(a.grad_mu, start, n, dmu);
+    store_tile(a.grad_logvar, start, n, dlogvar);
   });
 }
 
