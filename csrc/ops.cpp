@@ -6,16 +6,19 @@ TORCH_LIBRARY(fastvae, m) {
   // [mu, logvar, prior mu, prior logvar].
   m.def("seed(Tensor like, Generator? generator=None) -> Tensor",
         {at::Tag::nondeterministic_seeded});
-  m.def("noise(Tensor seed, SymInt[] size, SymInt num_samples, SymInt sample_offset) -> Tensor");
+  m.def(
+      "noise(Tensor seed, SymInt[] size, SymInt num_samples, SymInt sample_offset, "
+      "Tensor? sample_index=None) -> Tensor");
   m.def(
       "rsample(Tensor mu, Tensor logvar, Tensor seed, SymInt? num_samples=None, "
-      "SymInt sample_offset=0) -> Tensor");
+      "SymInt sample_offset=0, Tensor? sample_index=None) -> Tensor");
   m.def(
       "rsample_kl(Tensor mu, Tensor logvar, Tensor seed, SymInt? num_samples=None, "
-      "SymInt sample_offset=0) -> (Tensor z, Tensor kl)");
+      "SymInt sample_offset=0, Tensor? sample_index=None) -> (Tensor z, Tensor kl)");
   m.def(
       "rsample_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor seed, "
-      "SymInt? num_samples, SymInt sample_offset) -> (Tensor grad_mu, Tensor grad_logvar)");
+      "SymInt? num_samples, SymInt sample_offset, Tensor? sample_index=None) -> (Tensor grad_mu, "
+      "Tensor grad_logvar)");
   m.def(
       "kl_divergence(Tensor mu, Tensor logvar, Tensor? prior_mu=None, Tensor? prior_logvar=None) "
       "-> Tensor");

@@ -56,9 +56,9 @@ Maybe<Result> sample(py::handle mu, py::handle logvar, py::handle sample_offset)
   if (overflow != 0) return std::nullopt;
   return attempt<Result>({mu, logvar}, [&] {
     static const auto op = typed_op<Result(const Tensor&, const Tensor&, const Tensor&,
-                                           std::optional<int64_t>, int64_t)>(
+                                           std::optional<int64_t>, int64_t, const OptTensor&)>(
         std::is_same_v<Result, Tensor> ? "fastvae::rsample" : "fastvae::rsample_kl");
-    return op.call(tensor(mu), tensor(logvar), draw_seed(tensor(mu)), std::nullopt, offset);
+    return op.call(tensor(mu), tensor(logvar), draw_seed(tensor(mu)), std::nullopt, offset, {});
   });
 }
 

@@ -38,7 +38,7 @@ Tensor seed_cpu(const Tensor&, std::optional<at::Generator> generator) {
 }
 
 void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples,
-                    int64_t sample_offset) {
+                    int64_t sample_offset, const OptTensor& sample_index) {
   check_device(logvar, "logvar", mu);
   check_device(seed, "seed", mu);
   check_dense(mu, "mu");
@@ -53,6 +53,16 @@ void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, 
   TORCH_CHECK_VALUE(seed.numel() == 1, "seed must hold one element, got ", seed.sizes());
   TORCH_CHECK_VALUE(num_samples >= 1, "num_samples must be at least 1, got ", num_samples);
   TORCH_CHECK_VALUE(sample_offset >= 0, "sample_offset must be at least 0, got ", sample_offset);
+  if (sample_index) {
+    check_device(*sample_index, "sample_index", mu);
+    check_dense(*sample_index, "sample_index");
+    TORCH_CHECK_TYPE(sample_index->scalar_type() == at::kLong, "sample_index must be int64, got ",
+                     sample_index->scalar_type());
+    TORCH_CHECK_VALUE(sample_index->dim() == 1 && sample_index->size(0) == mu.size(0),
+                      "sample_index must have shape [", mu.size(0), "], one per sample, got ",
+                      sample_index->sizes());
+    TORCH_CHECK_VALUE(sample_offset == 0, "give either sample_offset or sample_index, got both");
+  }
   int64_t end = 0;  // the stream's indices are 64-bit
   const bool too_far = __builtin_add_overflow(sample_offset, mu.size(0), &end) ||
                        __builtin_mul_overflow(end, num_samples, &end) ||
@@ -61,9 +71,15 @@ void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, 
                     sample_offset, " and ", num_samples);
 }
 
-uint64_t seed_value(const Tensor& seed) {
-  return static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+// For the CPU kernels, which read the seed, and indices that are contiguous.
+Stream stream_of(const Tensor& seed, std::optional<int64_t> num_samples, int64_t sample_offset,
+                 const OptTensor& sample_index) {
+  const int64_t* index = sample_index ? sample_index->const_data_ptr<int64_t>() : nullptr;
+  const auto key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+  return {key, num_samples.value_or(1), sample_offset, index};
 }
+
+OptTensor contiguous(const OptTensor& t) { return t ? OptTensor(t->contiguous()) : t; }
 
 OptTensor defined(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
 
@@ -74,8 +90,11 @@ std::vector<int64_t> sample_sizes(const Tensor& mu, std::optional<int64_t> num_s
 }
 
 SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                          std::optional<int64_t> num_samples, int64_t sample_offset, bool want_kl) {
-  check_sampling(mu, logvar, seed, num_samples.value_or(1), sample_offset);
+                          std::optional<int64_t> num_samples, int64_t sample_offset,
+                          const OptTensor& sample_index, bool want_kl) {
+  const int64_t draws = num_samples.value_or(1);
+  check_sampling(mu, logvar, seed, draws, sample_offset, sample_index);
+  const OptTensor index = contiguous(sample_index);
   const auto compute = compute_type(mu.scalar_type());
   const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
   Tensor z = empty(sample_sizes(mu, num_samples), mu.scalar_type(), mu.device()), kl;
@@ -83,17 +102,14 @@ SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& 
   SampleArgs a{};
   a.batch = mu.size(0);
   a.cols = product(mu.sizes().slice(1));
-  a.num_samples = num_samples.value_or(1);
-  a.sample_offset = sample_offset;
   if (triton::serves(mu)) {
     if (a.batch > 0)
-      triton::sample_forward(matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed,
-                             a.num_samples, sample_offset,
-                             z.view({a.num_samples * a.batch, a.cols}), defined(kl));
+      triton::sample_forward(matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed, draws,
+                             sample_offset, index, z.view({draws * a.batch, a.cols}), defined(kl));
     return {z, kl};
   }
   a.use_double = compute == at::kDouble;
-  a.seed = seed_value(seed);
+  a.stream = stream_of(seed, num_samples, sample_offset, index);
   a.mu = mu_rows.operand;
   a.logvar = logvar_rows.operand;
   a.z = {z.mutable_data_ptr(), dtype_of(z)};
@@ -106,36 +122,40 @@ SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& 
 }
 
 Tensor rsample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                     std::optional<int64_t> num_samples, int64_t sample_offset) {
-  return std::get<0>(sample_fused(mu, logvar, seed, num_samples, sample_offset, false));
+                     std::optional<int64_t> num_samples, int64_t sample_offset,
+                     const OptTensor& sample_index) {
+  return std::get<0>(
+      sample_fused(mu, logvar, seed, num_samples, sample_offset, sample_index, false));
 }
 
 SampleResult rsample_kl_fused(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                              std::optional<int64_t> num_samples, int64_t sample_offset) {
-  return sample_fused(mu, logvar, seed, num_samples, sample_offset, true);
+                              std::optional<int64_t> num_samples, int64_t sample_offset,
+                              const OptTensor& sample_index) {
+  return sample_fused(mu, logvar, seed, num_samples, sample_offset, sample_index, true);
 }
 
 // ε alone: the sample of N(0, 1).
 Tensor noise_fused(const Tensor& seed, at::IntArrayRef size, int64_t num_samples,
-                   int64_t sample_offset) {
+                   int64_t sample_offset, const OptTensor& sample_index) {
   TORCH_CHECK_VALUE(!size.empty() && *std::min_element(size.begin(), size.end()) >= 0,
                     "size must be a batch and event sizes, none negative, got ", size);
   const Tensor zero =
       at::zeros({1}, seed.options().dtype(at::kFloat)).expand({product(size)}).view(size);
-  return rsample_fused(zero, zero, seed, num_samples, sample_offset);
+  return rsample_fused(zero, zero, seed, num_samples, sample_offset, sample_index);
 }
 
 std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const OptTensor& grad_kl,
                                                   const Tensor& mu, const Tensor& logvar,
                                                   const Tensor& seed,
                                                   std::optional<int64_t> num_samples,
-                                                  int64_t sample_offset) {
-  check_sampling(mu, logvar, seed, num_samples.value_or(1), sample_offset);
+                                                  int64_t sample_offset,
+                                                  const OptTensor& sample_index) {
+  const int64_t draws = num_samples.value_or(1);
+  check_sampling(mu, logvar, seed, draws, sample_offset, sample_index);
+  const OptTensor index = contiguous(sample_index);
   SampleBackwardArgs a{};
   a.batch = mu.size(0);
   a.cols = product(mu.sizes().slice(1));
-  a.num_samples = num_samples.value_or(1);
-  a.sample_offset = sample_offset;
   a.use_double = mu.scalar_type() == at::kDouble;
   const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
   a.mu = mu_rows.operand;
@@ -161,12 +181,12 @@ std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const
     if (mu.numel() == 0) return {grad_mu, grad_logvar};
     triton::sample_backward(grad_z ? OptTensor(matrix(grad_z_rows, a.cols)) : std::nullopt,
                             grad_kl ? OptTensor(matrix(grad_kl_rows, 1)) : std::nullopt,
-                            matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed,
-                            a.num_samples, sample_offset, grad_mu.view({a.batch, a.cols}),
+                            matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed, draws,
+                            sample_offset, index, grad_mu.view({a.batch, a.cols}),
                             grad_logvar.view({a.batch, a.cols}));
     return {grad_mu, grad_logvar};
   }
-  a.seed = seed_value(seed);
+  a.stream = stream_of(seed, num_samples, sample_offset, index);
   a.grad_mu = {grad_mu.mutable_data_ptr(), dtype_of(grad_mu)};
   a.grad_logvar = {grad_logvar.mutable_data_ptr(), dtype_of(grad_logvar)};
   kernels().sample_backward(a);
@@ -176,22 +196,24 @@ std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const
 // --- composites ---
 
 Tensor noise_like(const Tensor& mu, const Tensor& seed, std::optional<int64_t> num_samples,
-                  int64_t offset) {
+                  int64_t offset, const OptTensor& sample_index) {
   static const auto op = typed_op<decltype(noise_fused)>("fastvae::noise");
-  const Tensor eps = op.call(seed, mu.sizes(), num_samples.value_or(1), offset);
+  const Tensor eps = op.call(seed, mu.sizes(), num_samples.value_or(1), offset, sample_index);
   return num_samples ? eps : eps.squeeze(0);
 }
 
 Tensor rsample_composite(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                         std::optional<int64_t> num_samples, int64_t sample_offset) {
+                         std::optional<int64_t> num_samples, int64_t sample_offset,
+                         const OptTensor& sample_index) {
   const auto compute = compute_type(mu.scalar_type());
-  const Tensor eps = noise_like(mu, seed, num_samples, sample_offset).to(compute);
+  const Tensor eps = noise_like(mu, seed, num_samples, sample_offset, sample_index).to(compute);
   return sample<Tensor>(mu.to(compute), logvar.to(compute), eps).to(mu.scalar_type());
 }
 
 SampleResult rsample_kl_composite(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                                  std::optional<int64_t> num_samples, int64_t sample_offset) {
-  return {rsample_composite(mu, logvar, seed, num_samples, sample_offset),
+                                  std::optional<int64_t> num_samples, int64_t sample_offset,
+                                  const OptTensor& sample_index) {
+  return {rsample_composite(mu, logvar, seed, num_samples, sample_offset, sample_index),
           kl_divergence_composite(mu, logvar, {}, {})};
 }
 
@@ -202,16 +224,18 @@ variable_list sample_grads(AutogradContext* ctx, const Tensor& grad_z, const Ten
   const triton::Interpret where(triton::remembered(ctx));
   const auto saved = ctx->get_saved_variables();
   const Tensor &mu = saved[0], &logvar = saved[1], &seed = saved[2];
+  const OptTensor index = defined(saved[3]);
   const auto num_samples = ctx->saved_data["num_samples"].toOptional<int64_t>();
   const int64_t offset = ctx->saved_data["sample_offset"].toInt();
-  variable_list grads(5);
+  variable_list grads(6);
   if (!grad_z.defined() && !grad_kl.defined()) return grads;
   if (needs_composite_backward({grad_z, grad_kl}, {mu, logvar})) {
     const auto compute = compute_type(mu.scalar_type());
     const Tensor lv = logvar.to(compute);
     Tensor g_mu = at::zeros_like(mu, compute), g_logvar = at::zeros_like(lv);
     if (grad_z.defined()) {
-      const Tensor dz = grad_z.to(compute), eps_dz = dz * noise_like(mu, seed, num_samples, offset);
+      const Tensor dz = grad_z.to(compute),
+                   eps_dz = dz * noise_like(mu, seed, num_samples, offset, index);
       g_mu = num_samples ? dz.sum(0) : dz;
       g_logvar = sample_dlogvar<Tensor>(lv, num_samples ? eps_dz.sum(0) : eps_dz);
     }
@@ -229,15 +253,16 @@ variable_list sample_grads(AutogradContext* ctx, const Tensor& grad_z, const Ten
   at::AutoDispatchBelowAutograd guard;
   static const auto op = typed_op<decltype(rsample_backward_fused)>("fastvae::rsample_backward");
   std::tie(grads[0], grads[1]) =
-      op.call(defined(grad_z), defined(grad_kl), mu, logvar, seed, num_samples, offset);
+      op.call(defined(grad_z), defined(grad_kl), mu, logvar, seed, num_samples, offset, index);
   return grads;
 }
 
 void save_sample(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                 std::optional<int64_t> num_samples, int64_t sample_offset) {
+                 std::optional<int64_t> num_samples, int64_t sample_offset,
+                 const OptTensor& sample_index) {
   triton::remember(ctx);
   ctx->set_materialize_grads(false);
-  ctx->save_for_backward({mu, logvar, seed});
+  ctx->save_for_backward({mu, logvar, seed, sample_index.value_or(Tensor())});
   ctx->saved_data["num_samples"] = num_samples;
   ctx->saved_data["sample_offset"] = sample_offset;
 }
@@ -245,11 +270,11 @@ void save_sample(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, c
 struct Rsample : torch::autograd::Function<Rsample> {
   static Tensor forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar,
                         const Tensor& seed, std::optional<int64_t> num_samples,
-                        int64_t sample_offset) {
+                        int64_t sample_offset, const OptTensor& sample_index) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    save_sample(ctx, mu, logvar, seed, num_samples, sample_offset);
+    save_sample(ctx, mu, logvar, seed, num_samples, sample_offset, sample_index);
     static const auto op = typed_op<decltype(rsample_fused)>("fastvae::rsample");
-    return op.call(mu, logvar, seed, num_samples, sample_offset);
+    return op.call(mu, logvar, seed, num_samples, sample_offset, sample_index);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     return sample_grads(ctx, upstream[0], Tensor());
@@ -259,11 +284,11 @@ struct Rsample : torch::autograd::Function<Rsample> {
 struct RsampleKL : torch::autograd::Function<RsampleKL> {
   static variable_list forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar,
                                const Tensor& seed, std::optional<int64_t> num_samples,
-                               int64_t sample_offset) {
+                               int64_t sample_offset, const OptTensor& sample_index) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    save_sample(ctx, mu, logvar, seed, num_samples, sample_offset);
+    save_sample(ctx, mu, logvar, seed, num_samples, sample_offset, sample_index);
     static const auto op = typed_op<decltype(rsample_kl_fused)>("fastvae::rsample_kl");
-    auto [z, kl] = op.call(mu, logvar, seed, num_samples, sample_offset);
+    auto [z, kl] = op.call(mu, logvar, seed, num_samples, sample_offset, sample_index);
     return {z, kl};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
@@ -272,17 +297,19 @@ struct RsampleKL : torch::autograd::Function<RsampleKL> {
 };
 
 Tensor rsample_autograd(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                        std::optional<int64_t> num_samples, int64_t sample_offset) {
+                        std::optional<int64_t> num_samples, int64_t sample_offset,
+                        const OptTensor& sample_index) {
   if (needs_composite({mu, logvar}))
-    return rsample_composite(mu, logvar, seed, num_samples, sample_offset);
-  return Rsample::apply(mu, logvar, seed, num_samples, sample_offset);
+    return rsample_composite(mu, logvar, seed, num_samples, sample_offset, sample_index);
+  return Rsample::apply(mu, logvar, seed, num_samples, sample_offset, sample_index);
 }
 
 SampleResult rsample_kl_autograd(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                                 std::optional<int64_t> num_samples, int64_t sample_offset) {
+                                 std::optional<int64_t> num_samples, int64_t sample_offset,
+                                 const OptTensor& sample_index) {
   if (needs_composite({mu, logvar}))
-    return rsample_kl_composite(mu, logvar, seed, num_samples, sample_offset);
-  auto out = RsampleKL::apply(mu, logvar, seed, num_samples, sample_offset);
+    return rsample_kl_composite(mu, logvar, seed, num_samples, sample_offset, sample_index);
+  auto out = RsampleKL::apply(mu, logvar, seed, num_samples, sample_offset, sample_index);
   return {out[0], out[1]};
 }
 

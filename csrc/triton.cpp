@@ -43,15 +43,17 @@ void rowwise(const char* family, const std::vector<Tensor>& inputs, const OptTen
 }
 
 void sample_forward(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples,
-                    int64_t sample_offset, const Tensor& z, const OptTensor& kl) {
-  call("sample_forward", mu, mu, logvar, seed, num_samples, sample_offset, z, kl);
+                    int64_t sample_offset, const OptTensor& sample_index, const Tensor& z,
+                    const OptTensor& kl) {
+  call("sample_forward", mu, mu, logvar, seed, num_samples, sample_offset, sample_index, z, kl);
 }
 
 void sample_backward(const OptTensor& grad_z, const OptTensor& grad_kl, const Tensor& mu,
                      const Tensor& logvar, const Tensor& seed, int64_t num_samples,
-                     int64_t sample_offset, const Tensor& grad_mu, const Tensor& grad_logvar) {
+                     int64_t sample_offset, const OptTensor& sample_index, const Tensor& grad_mu,
+                     const Tensor& grad_logvar) {
   call("sample_backward", mu, grad_z, grad_kl, mu, logvar, seed, num_samples, sample_offset,
-       grad_mu, grad_logvar);
+       sample_index, grad_mu, grad_logvar);
 }
 
 void elbo_reduce(const Tensor& log_likelihood, const Tensor& kl, const OptTensor& weight,

@@ -32,10 +32,12 @@ void rowwise(const char* family, const std::vector<Tensor>& inputs, const OptTen
              const OptTensor& weight, at::ArrayRef<double> constants, double scale, int64_t batch,
              const Tensor& value, const std::vector<Tensor>& grads, const Needs& needs);
 void sample_forward(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples,
-                    int64_t sample_offset, const Tensor& z, const OptTensor& kl);
+                    int64_t sample_offset, const OptTensor& sample_index, const Tensor& z,
+                    const OptTensor& kl);
 void sample_backward(const OptTensor& grad_z, const OptTensor& grad_kl, const Tensor& mu,
                      const Tensor& logvar, const Tensor& seed, int64_t num_samples,
-                     int64_t sample_offset, const Tensor& grad_mu, const Tensor& grad_logvar);
+                     int64_t sample_offset, const OptTensor& sample_index, const Tensor& grad_mu,
+                     const Tensor& grad_logvar);
 void elbo_reduce(const Tensor& log_likelihood, const Tensor& kl, const OptTensor& weight,
                  double beta, double scale, const Tensor& loss, const Tensor& log_likelihood_out,
                  const Tensor& kl_out);

@@ -16,7 +16,13 @@ def _seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 @register("fastvae::noise")
-def _noise(seed: Tensor, size: Sequence[int], num_samples: int, sample_offset: int) -> Tensor:
+def _noise(
+    seed: Tensor,
+    size: Sequence[int],
+    num_samples: int,
+    sample_offset: int,
+    sample_index: Tensor | None = None,
+) -> Tensor:
     return seed.new_empty(num_samples, *size, dtype=torch.float32)
 
 
@@ -30,14 +36,24 @@ def _rows(t: Tensor, lead: int = 1) -> Tensor:
 
 @register("fastvae::rsample")
 def _rsample(
-    mu: Tensor, logvar: Tensor, seed: Tensor, num_samples: int | None = None, sample_offset: int = 0
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    num_samples: int | None = None,
+    sample_offset: int = 0,
+    sample_index: Tensor | None = None,
 ) -> Tensor:
     return _sample_like(mu, num_samples)
 
 
 @register("fastvae::rsample_kl")
 def _rsample_kl(
-    mu: Tensor, logvar: Tensor, seed: Tensor, num_samples: int | None = None, sample_offset: int = 0
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    num_samples: int | None = None,
+    sample_offset: int = 0,
+    sample_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _sample_like(mu, num_samples), _rows(mu)
 
@@ -51,6 +67,7 @@ def _rsample_backward(
     seed: Tensor,
     num_samples: int | None,
     sample_offset: int,
+    sample_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastvae import likelihoods
-from fastvae._backends import Prior, Terms, cpp, select
+from fastvae._backends import Ops, Prior, Terms, cpp, select
+from fastvae._backends._common import readable
 from fastvae.likelihoods import Likelihood
 
 Recon = Tensor | Sequence[Tensor]
@@ -28,7 +29,9 @@ def rsample(
     *,
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
     sample_offset: int = 0,
+    sample_index: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Draws z = μ + e^(logvar/2) ε, ε ~ N(0, I), differentiable in μ and logvar.
@@ -42,25 +45,34 @@ def rsample(
         logvar: ln σ², the same shape, dtype and device.
         num_samples: K draws for each row, in a leading dimension.
         generator: source of the seed; torch's default one if left out.
+        seed: the seed itself, an int in [0, 2⁶³) or an int64 tensor of one element on mu's device
+            (which nothing waits for); then no generator is touched.
         sample_offset: the row's index in the stream at which this batch starts, so that parts of a
             batch draw as the whole would under one seed.
+        sample_index: int64, [B], ≥ 0 (checked on CPU): each row's own index in the stream instead,
+            in any order. With `seed`, the noise of a sample then depends on the two alone, however
+            the batch is split over ranks or micro-batches.
         backend: "auto", "cpp", "triton" or "eager".
 
     Returns:
         z, [B, *event] or [K, B, *event], in mu's dtype.
 
     Raises:
-        ValueError: shapes or devices differ, num_samples < 1, unknown or unavailable backend.
-        TypeError: mu or logvar is not a floating tensor, or their dtypes differ.
+        ValueError: shapes or devices differ, num_samples < 1, both generator and seed, both
+            sample_offset and sample_index, unknown or unavailable backend.
+        TypeError: mu or logvar is not a floating tensor, or their dtypes differ; another argument
+            has the wrong type.
     """
-    if backend == "auto" and num_samples is None and generator is None and not is_compiling():
+    common = num_samples is None and generator is None and seed is None and sample_index is None
+    if common and backend == "auto" and not is_compiling():
         z = cpp.direct.rsample(mu, logvar, sample_offset)
         if z is not None:
             return z
     _check_latent(mu, logvar)
-    _check_sampling(mu, num_samples, generator, sample_offset)
+    _check_stream(mu, num_samples, sample_offset, sample_index)
     ops = select(backend, mu.device)
-    return ops.rsample(mu, logvar, num_samples, generator, sample_offset)
+    key = _seed(ops, mu, generator, seed)
+    return ops.rsample(mu, logvar, key, num_samples, sample_offset, sample_index)
 
 
 def rsample_kl(
@@ -70,7 +82,9 @@ def rsample_kl(
     prior: Prior | None = None,
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
     sample_offset: int = 0,
+    sample_index: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`rsample` and `kl_divergence` in one pass over mu and logvar.
@@ -80,18 +94,19 @@ def rsample_kl(
     Returns:
         z as from `rsample` (the same draws under the same seed), and kl [B] in nats.
     """
-    common = prior is None and num_samples is None and generator is None
-    if common and backend == "auto" and not is_compiling():
+    common = num_samples is None and generator is None and seed is None and sample_index is None
+    if common and prior is None and backend == "auto" and not is_compiling():
         sample = cpp.direct.rsample_kl(mu, logvar, sample_offset)
         if sample is not None:
             return sample
     _check_latent(mu, logvar)
-    _check_sampling(mu, num_samples, generator, sample_offset)
+    _check_stream(mu, num_samples, sample_offset, sample_index)
+    expanded = None if prior is None else _expand_prior(prior, mu)
     ops = select(backend, mu.device)
-    if prior is None:
-        return ops.rsample_kl(mu, logvar, num_samples, generator, sample_offset)
-    expanded = _expand_prior(prior, mu)
-    z = ops.rsample(mu, logvar, num_samples, generator, sample_offset)
+    key = _seed(ops, mu, generator, seed)
+    if expanded is None:
+        return ops.rsample_kl(mu, logvar, key, num_samples, sample_offset, sample_index)
+    z = ops.rsample(mu, logvar, key, num_samples, sample_offset, sample_index)
     return z, ops.kl_divergence(mu, logvar, expanded)
 
 
@@ -337,8 +352,8 @@ def _check_latent(mu: Tensor, logvar: Tensor) -> None:
         raise ValueError("mu must have a batch dimension, got []")
 
 
-def _check_sampling(
-    mu: Tensor, num_samples: int | None, generator: torch.Generator | None, sample_offset: int
+def _check_stream(
+    mu: Tensor, num_samples: int | None, sample_offset: int, sample_index: Tensor | None
 ) -> None:
     if num_samples is not None:
         _check_count("num_samples", num_samples, 1)
@@ -350,8 +365,52 @@ def _check_sampling(
                 "sample_offset and num_samples must keep the stream below 2^63, got "
                 f"{sample_offset} and {num_samples}"
             )
+    if sample_index is None:
+        return
+    if sample_offset:
+        raise ValueError("give either sample_offset or sample_index, got both")
+    _check_integers("sample_index", sample_index, mu)
+    if sample_index.shape != mu.shape[:1]:
+        raise ValueError(
+            f"sample_index must have shape [{mu.shape[0]}], one per sample, "
+            f"got {_shape(sample_index)}"
+        )
+    if readable(sample_index) and bool((negative := sample_index < 0).any()):
+        row = int(negative.int().argmax())
+        raise ValueError(
+            f"sample_index must be at least 0, got {int(sample_index[row])} in row {row}"
+        )
+
+
+def _seed(
+    ops: Ops, mu: Tensor, generator: torch.Generator | None, seed: int | Tensor | None
+) -> Tensor:
+    """What the noise is a function of: int64 [1], on mu's device."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if seed is None:
+        return ops.draw_seed(mu, generator)
+    if generator is not None:
+        raise ValueError("give either generator or seed, got both")
+    if not isinstance(seed, Tensor):
+        _check_count("seed", seed, 0)
+        if seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, got {seed}")
+        return torch.full((1,), seed, dtype=torch.int64, device=mu.device)
+    _check_integers("seed", seed, mu)
+    if seed.numel() != 1:
+        raise ValueError(f"seed must hold one element, got {_shape(seed)}")
+    return seed
+
+
+def _check_integers(name: str, t: object, mu: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    _check_dense(name, t)
+    if t.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {t.dtype}")
+    if t.device != mu.device:
+        raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -127,11 +127,12 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 
     def forward(kl: bool) -> None:
         mu, logvar, z = (t.matrix(LATENTS) for _ in range(3))
-        _triton.sample_forward(mu, logvar, t.seed, 1, 0, z, t.row() if kl else None)
+        _triton.sample_forward(mu, logvar, t.seed, 1, 0, None, z, t.row() if kl else None)
 
     def backward() -> None:
         mu, logvar, dz, *grads = (t.matrix(LATENTS) for _ in range(5))
-        _triton.sample_backward(dz, t.matrix(1, dtype=t.compute), mu, logvar, t.seed, 1, 0, *grads)
+        kl = t.matrix(1, dtype=t.compute)
+        _triton.sample_backward(dz, kl, mu, logvar, t.seed, 1, 0, None, *grads)
 
     for name in likelihoods.registry:
         count = len(likelihoods.get(name).param_names)
@@ -171,14 +172,14 @@ def variants(dtype: torch.dtype) -> Iterator[Case]:
             rows, t.row(rows), grads, [False, True, True],
         )  # fmt: skip
 
-    def forward(cols: int) -> None:
+    def forward(cols: int, index: Tensor | None = None) -> None:
         mu, logvar, z = t.matrix(cols), t.matrix(cols), t.matrix(cols, 3 * ROWS)
-        _triton.sample_forward(mu, logvar, t.seed, 3, 2**40, z, t.row())
+        _triton.sample_forward(mu, logvar, t.seed, 3, 2**40, index, z, t.row())
 
-    def backward(cols: int) -> None:
+    def backward(cols: int, index: Tensor | None = None) -> None:
         mu, logvar, dz, *grads = (t.matrix(cols, n * ROWS) for n in (1, 1, 3, 1, 1))
         kl = t.matrix(1, dtype=t.compute)
-        _triton.sample_backward(dz, kl, mu, logvar, t.seed, 3, 2**40, *grads)
+        _triton.sample_backward(dz, kl, mu, logvar, t.seed, 3, 2**40, index, *grads)
 
     def reduce(batch: int, kind: str) -> None:
         outs = (t.row(batch) if kind == "none" else t.row(1).view(()) for _ in range(3))
@@ -191,6 +192,9 @@ def variants(dtype: torch.dtype) -> Iterator[Case]:
     for cols in (20, 64, 5000):
         yield Case(f"rsample_kl K=3 x{cols}", partial(forward, cols), 0, 0, cols)
         yield Case(f"backward K=3 x{cols}", partial(backward, cols), 0, 0, cols)
+    index = torch.empty(ROWS, dtype=torch.int64, device="meta")
+    yield Case("rsample_kl K=3, indexed", partial(forward, 64, index), 0, 0, 64)
+    yield Case("backward K=3, indexed", partial(backward, 64, index), 0, 0, 64)
     for kind in ("sum", "none"):
         yield Case(f"elbo_reduce {kind}", partial(reduce, 1000, kind), 0, 0, 1000)
 

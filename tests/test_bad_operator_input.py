@@ -37,12 +37,13 @@ from torch import Tensor
 import fastvae
 
 SEED = torch.tensor([7])
-Z = {"seed": SEED, "num_samples": None, "sample_offset": 0}
+Z = {"seed": SEED, "num_samples": None, "sample_offset": 0, "sample_index": None}
 NO_PRIOR: dict[str, Any] = {"prior_mu": None, "prior_logvar": None}
 FAMILY: dict[str, Any] = {"x": X, "params": [X], "family": "bernoulli", "options": [], "mask": None}
 RAW_GOOD: dict[str, dict[str, Any]] = {
     "seed": {"like": X, "generator": None},
-    "noise": {"seed": SEED, "size": [4, 6], "num_samples": 1, "sample_offset": 0},
+    "noise": {"seed": SEED, "size": [4, 6], "num_samples": 1, "sample_offset": 0,
+              "sample_index": None},
     "rsample": {**LATENTS, **Z},
     "rsample_kl": {**LATENTS, **Z},
     "rsample_backward": {"grad_z": MU, "grad_kl": full(4), **LATENTS, **Z},
@@ -75,6 +76,16 @@ RAW_SEED = [
     *(bad(RuntimeError, "'num_samples'", num_samples=k) for k in (2**63, 1.5, "2")),
     *(bad(V, "sample_offset", sample_offset=k) for k in (-1, -5, -(2**63), 2**61, 2**63 - 1)),
     *(bad(RuntimeError, "'sample_offset'", sample_offset=k) for k in (2**63, None, 0.5)),
+    *(
+        bad(V, r"sample_index.*\[4\].*one per", sample_index=i64(*s))
+        for s in ((3,), (), (4, 1), (0,))
+    ),
+    *(
+        bad(T, f"sample_index.*{n}", sample_index=full(4).to(d))
+        for d, n in ((torch.float32, "Float"), (torch.int32, "Int"), (torch.bool, "Bool"))
+    ),
+    bad(V, "either sample_offset or sample_index", sample_index=i64(4), sample_offset=2),
+    bad(RuntimeError, "'sample_index'", sample_index=[0, 1, 2, 3]),
 ]
 RAW_DATA = [
     *shapes("x", (4, 4), (3, 5), (4,), (4, 5, 1), (1, 5), (0, 5)),

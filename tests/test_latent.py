@@ -181,6 +181,47 @@ def test_a_split_batch_draws_as_the_whole(
 
 
 @samplers
+@pytest.mark.parametrize("num_samples", [None, 1, 3])
+@pytest.mark.parametrize("cols", [13, 64, 1100])
+def test_each_row_draws_the_noise_of_its_index(
+    fused: bool, cols: int, num_samples: int | None, backend: str
+) -> None:
+    mu, logvar = latents((11, cols), torch.float32)
+    upstream = upstream_like((num_samples or 1, 11, cols)).to(mu.device)
+
+    def draw(rows: Tensor, **options: Any) -> list[Tensor]:
+        """z and its gradients of these rows, samples first."""
+        leaves = [t[rows].requires_grad_() for t in (mu, logvar)]
+        z = sample(fused, *leaves, num_samples=num_samples, seed=SEED, backend=backend, **options)
+        z = z.view(-1, *leaves[0].shape)
+        return [z.detach().transpose(0, 1), *torch.autograd.grad(z, leaves, upstream[:, rows])]
+
+    everything = torch.arange(11)
+    whole = draw(everything)
+    for rows in (everything, torch.tensor([7, 2, 10, 3, 0]), torch.tensor([5, 5])):
+        for got, want in zip(draw(rows, sample_index=rows), whole, strict=True):
+            assert torch.equal(got, want[rows])
+    far = torch.tensor([2**40, 3, 2**40])[::2]  # a view, beyond 32 bits
+    at_offset = draw(everything[:1], sample_offset=2**40)
+    assert torch.equal(
+        draw(everything[:2], sample_index=far)[0][0] - mu[0], at_offset[0][0] - mu[0]
+    )
+
+
+@samplers
+def test_a_given_seed_is_the_generators(fused: bool, backend: str) -> None:
+    mu, logvar = latents((5, 9), torch.float32)
+    drawn = sample(fused, mu, logvar, backend=backend)
+    torch.manual_seed(SEED)
+    seed = torch.randint(2**63 - 1, (1,), device=mu.device)
+    state = torch.get_rng_state()
+    for given in (seed, int(seed)):
+        z = fastvae.rsample(mu, logvar, seed=given, backend=backend)
+        assert torch.equal(z, drawn)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@samplers
 def test_one_sample_is_the_plain_draw(fused: bool, backend: str) -> None:
     mu, logvar = latents((5, 9), torch.float32)
     one = sample(fused, mu, logvar, num_samples=1, backend=backend)

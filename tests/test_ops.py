@@ -36,11 +36,13 @@ def calls_with(seed: Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     plain = [t.detach() for t in (mu, logvar, logits)]
     needs = [True, True, False, False]
     scalar = torch.zeros((), requires_grad=True)
+    index = torch.tensor([9, 2, 2, 2**40, 0])
     return {
         "noise": (ops.noise, (seed, [5, 7], 2, 3)),
         "rsample": (ops.rsample, (mu, logvar, seed)),
         "rsample-K": (ops.rsample, (mu, logvar, seed, 3, 2)),
         "rsample_kl": (ops.rsample_kl, (mu, logvar, seed)),
+        "rsample_kl-index": (ops.rsample_kl, (mu, logvar, seed, 2, 0, index)),
         "rsample_backward": (
             ops.rsample_backward,
             (torch.randn(5, 7), torch.rand(5), plain[0], plain[1], seed, None, 0),
@@ -219,6 +221,7 @@ def double(*shape: int) -> Tensor:
     "function",
     [
         lambda a, b: ops.rsample(a, b, SEED, 2),
+        lambda a, b: ops.rsample_kl(a, b, SEED, None, 0, torch.tensor([4, 1, 4])),
         lambda a, b: ops.rsample_kl(a, b, SEED),
         lambda a, b: fastvae.kl_divergence(a, b),
         lambda a, b: fastvae.kl_divergence(a, b, prior=(b * 0.5, a * 0.3)),

@@ -50,19 +50,27 @@ struct RowwiseArgs {
   unsigned* outside;  // bit j is set where input j leaves its domain
 };
 
-struct SampleArgs {
-  int64_t batch, cols, num_samples, sample_offset;
-  bool use_double;
+// Which normals: row b is sample `sample_index[b]` of the stream, or without one, `sample_offset` +
+// b.
+struct Stream {
   uint64_t seed;
+  int64_t num_samples, sample_offset;
+  const int64_t* sample_index;  // [batch]; null: none
+};
+
+struct SampleArgs {
+  int64_t batch, cols;
+  bool use_double;
+  Stream stream;
   Operand mu, logvar;  // [batch, cols]
   Output z;            // [num_samples, batch, cols]
   double* kl;          // [batch * chunks(cols)] partial sums; null: not wanted
 };
 
 struct SampleBackwardArgs {
-  int64_t batch, cols, num_samples, sample_offset;
+  int64_t batch, cols;
   bool use_double;
-  uint64_t seed;
+  Stream stream;
   Operand mu, logvar;           // [batch, cols]
   Operand grad_z;               // [num_samples, batch, cols]; data null: zero
   Operand grad_kl;              // per_row [batch]; data null: zero

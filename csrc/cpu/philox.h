@@ -170,8 +170,10 @@ class Normals {
  public:
   static constexpr int64_t max_request = 1024;
 
-  explicit Normals(uint64_t seed)
-      : key_(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)) {}
+  // `in_order`: requests mostly follow one another.
+  Normals(uint64_t seed, bool in_order)
+      : key_(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)),
+        look_ahead_(in_order ? 512 : 0) {}
 
   // Elements [i, i + n), n ≤ max_request; valid until the next call.
   const float* at(uint64_t i, int64_t n) {
@@ -179,8 +181,8 @@ class Normals {
       begin_ = i - i % philox_block;
       const uint64_t wanted = i + n - begin_;
       // Short rows look ahead, so that one refill serves many of them.
-      end_ = begin_ + (wanted < look_ahead
-                           ? look_ahead
+      end_ = begin_ + (wanted < look_ahead_
+                           ? look_ahead_
                            : (wanted + philox_block - 1) / philox_block * philox_block);
       for (uint64_t e = begin_; e < end_; e += philox_block)
         normal_block(key_, e / philox_block, buffer_ + (e - begin_));
@@ -189,8 +191,9 @@ class Normals {
   }
 
  private:
-  static constexpr int window = max_request + philox_block, look_ahead = 512;
+  static constexpr int window = max_request + philox_block;
   PhiloxKey key_;
+  uint64_t look_ahead_;
   uint64_t begin_ = 1, end_ = 0;
   alignas(64) float buffer_[window];
 };

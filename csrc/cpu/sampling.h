@@ -37,12 +37,14 @@ inline bool end_to_end(const Operand& x, int64_t rows, int64_t cols) {
 template <class Args, class Body>
 inline void for_tiles(const Args& a, bool dense, Body&& body) {
   const int64_t per_row = chunks(a.cols);
-  const bool whole = dense && a.num_samples == 1 && a.cols > 0 && a.cols <= tile / 2;
+  const Stream& s = a.stream;
+  const bool whole =
+      dense && !s.sample_index && s.num_samples == 1 && a.cols > 0 && a.cols <= tile / 2;
   const int64_t rows = whole ? tile / a.cols : 1;  // per unit
   const int64_t units = whole ? (a.batch + rows - 1) / rows : a.batch * per_row;
-  const int64_t work = std::min(rows * a.cols, row_chunk) * a.num_samples;
+  const int64_t work = std::min(rows * a.cols, row_chunk) * s.num_samples;
   at::parallel_for(0, units, grain(work), [&](int64_t begin, int64_t end) {
-    Normals normals(a.seed);
+    Normals normals(s.seed, /*in_order=*/!s.sample_index);
     for (int64_t unit = begin; unit < end; ++unit) {
       if (whole) {
         body(normals, Tile{unit * rows, std::min(rows, a.batch - unit * rows), 0, a.cols});
@@ -58,8 +60,9 @@ inline void for_tiles(const Args& a, bool dense, Body&& body) {
 
 template <class Args>
 inline uint64_t stream_index(const Args& a, int64_t b, int64_t k, int64_t col) {
-  const uint64_t sample = (static_cast<uint64_t>(b) + a.sample_offset) * a.num_samples + k;
-  return sample * a.cols + col;
+  const Stream& s = a.stream;
+  const uint64_t sample = s.sample_index ? s.sample_index[b] : b + s.sample_offset;
+  return (sample * s.num_samples + k) * a.cols + col;
 }
 
 template <class T>
@@ -73,7 +76,7 @@ inline void sample_as(const SampleArgs& a) {
     const int64_t n = t.size();
     const T* mu = load_tile(a.mu, t.row, t.col, n, mu_buffer);
     const T* logvar = load_tile(a.logvar, t.row, t.col, n, logvar_buffer);
-    for (int64_t k = 0; k < a.num_samples; ++k) {
+    for (int64_t k = 0; k < a.stream.num_samples; ++k) {
       const int64_t start = (k * a.batch + t.row) * a.cols + t.col;
       const T* eps = load_noise(normals, stream_index(a, t.row, k, t.col), n, buffer);
       T* z = output_tile(a.z, start, z_buffer);
@@ -106,7 +109,7 @@ inline void sample_backward_as(const SampleBackwardArgs& a) {
     const T* logvar = load_tile(a.logvar, t.row, t.col, n, logvar_buffer);
     std::memset(sum_dz, 0, n * sizeof(T));
     std::memset(sum_eps_dz, 0, n * sizeof(T));
-    for (int64_t k = 0; a.grad_z.data && k < a.num_samples; ++k) {
+    for (int64_t k = 0; a.grad_z.data && k < a.stream.num_samples; ++k) {
       const T* eps = load_noise(normals, stream_index(a, t.row, k, t.col), n, eps_buffer);
       const T* dz = load_tile(a.grad_z, k * a.batch + t.row, t.col, n, dz_buffer);
       for (int64_t i = 0; i < n; ++i) {

@@ -30,21 +30,24 @@ class Ops(Protocol):
     """The functions that every backend module has. Arguments are validated by functional.py."""
 
     def status(self) -> Backend: ...
+    def draw_seed(self, mu: Tensor, generator: torch.Generator | None) -> Tensor: ...
     def rsample(
         self,
         mu: Tensor,
         logvar: Tensor,
+        seed: Tensor,
         num_samples: int | None,
-        generator: torch.Generator | None,
         sample_offset: int,
+        sample_index: Tensor | None,
     ) -> Tensor: ...
     def rsample_kl(
         self,
         mu: Tensor,
         logvar: Tensor,
+        seed: Tensor,
         num_samples: int | None,
-        generator: torch.Generator | None,
         sample_offset: int,
+        sample_index: Tensor | None,
     ) -> tuple[Tensor, Tensor]: ...
     def kl_divergence(self, mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor: ...
     def log_likelihood(
@@ -72,6 +75,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def in_transform() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp, …) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def readable(t: Tensor) -> bool:
+    """Whether values may be checked: a read from another device would stall it, and a traced
+    tensor has none yet."""
+    return t.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
 
 
 def draw_seed(mu: Tensor, generator: torch.Generator | None) -> Tensor:

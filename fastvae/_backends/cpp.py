@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae._backends._common import Backend, Prior, Terms, draw_seed, in_transform
+from fastvae._backends import _common
+from fastvae._backends._common import Backend, Prior, Terms, in_transform
 from fastvae.likelihoods import Likelihood
 
 
@@ -74,10 +75,10 @@ def empty_cache() -> int:
     return freed
 
 
-def _seed(mu: Tensor, generator: torch.Generator | None) -> Tensor:
-    """As draw_seed, the same value; an op of ours is faster and compiles to the same draws."""
+def draw_seed(mu: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The same value as eager's; an op of ours is faster and compiles to the same draws."""
     if in_transform():  # randint obeys vmap's randomness=
-        return draw_seed(mu, generator)
+        return _common.draw_seed(mu, generator)
     seed: Tensor = _ops.seed.default(mu, generator)
     return seed
 
@@ -85,24 +86,24 @@ def _seed(mu: Tensor, generator: torch.Generator | None) -> Tensor:
 def rsample(
     mu: Tensor,
     logvar: Tensor,
+    seed: Tensor,
     num_samples: int | None,
-    generator: torch.Generator | None,
     sample_offset: int,
+    sample_index: Tensor | None,
 ) -> Tensor:
-    seed = _seed(mu, generator)
-    z: Tensor = _ops.rsample.default(mu, logvar, seed, num_samples, sample_offset)
+    z: Tensor = _ops.rsample.default(mu, logvar, seed, num_samples, sample_offset, sample_index)
     return z
 
 
 def rsample_kl(
     mu: Tensor,
     logvar: Tensor,
+    seed: Tensor,
     num_samples: int | None,
-    generator: torch.Generator | None,
     sample_offset: int,
+    sample_index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    seed = _seed(mu, generator)
-    z, kl = _ops.rsample_kl.default(mu, logvar, seed, num_samples, sample_offset)
+    z, kl = _ops.rsample_kl.default(mu, logvar, seed, num_samples, sample_offset, sample_index)
     return z, kl
 
 

@@ -14,9 +14,19 @@ from fastvae._backends._common import (
     Terms,
     compute_dtype,
     draw_seed,
-    in_transform,
+    readable,
 )
 from fastvae.likelihoods import Likelihood
+
+__all__ = [
+    "draw_seed",
+    "elbo",
+    "kl_divergence",
+    "log_likelihood",
+    "rsample",
+    "rsample_kl",
+    "status",
+]
 
 
 def status() -> Backend:
@@ -29,11 +39,19 @@ def _multiply(m: int, a: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF
 
 
-def _noise(seed: Tensor, size: torch.Size, num_samples: int, sample_offset: int) -> Tensor:
+def _noise(
+    seed: Tensor,
+    size: torch.Size,
+    num_samples: int,
+    sample_offset: int,
+    sample_index: Tensor | None,
+) -> Tensor:
     """The normals of csrc/cpu/philox.h, [K, *size] in float32."""
     batch, columns = size[0], size[1:].numel()
     device = seed.device
-    sample = torch.arange(batch, device=device) + sample_offset
+    sample = sample_index
+    if sample is None:
+        sample = torch.arange(batch, device=device) + sample_offset
     draw = sample * num_samples + torch.arange(num_samples, device=device)[:, None]
     index = draw[..., None] * columns + torch.arange(columns, device=device)
 
@@ -58,12 +76,13 @@ def _noise(seed: Tensor, size: torch.Size, num_samples: int, sample_offset: int)
 def rsample(
     mu: Tensor,
     logvar: Tensor,
+    seed: Tensor,
     num_samples: int | None,
-    generator: torch.Generator | None,
     sample_offset: int,
+    sample_index: Tensor | None,
 ) -> Tensor:
     dtype = compute_dtype(mu.dtype)
-    eps = _noise(draw_seed(mu, generator), mu.shape, num_samples or 1, sample_offset).to(dtype)
+    eps = _noise(seed, mu.shape, num_samples or 1, sample_offset, sample_index).to(dtype)
     if num_samples is None:
         eps = eps.squeeze(0)
     return (mu.to(dtype) + (0.5 * logvar.to(dtype)).exp() * eps).to(mu.dtype)
@@ -72,11 +91,12 @@ def rsample(
 def rsample_kl(
     mu: Tensor,
     logvar: Tensor,
+    seed: Tensor,
     num_samples: int | None,
-    generator: torch.Generator | None,
     sample_offset: int,
+    sample_index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    z = rsample(mu, logvar, num_samples, generator, sample_offset)
+    z = rsample(mu, logvar, seed, num_samples, sample_offset, sample_index)
     return z, kl_divergence(mu, logvar, None)
 
 
@@ -102,10 +122,7 @@ def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
 
 
 def _check_unit(name: str, t: Tensor, family: str) -> None:
-    # A value read back from another device would stall it; a traced one does not exist yet.
-    if t.device.type != "cpu" or torch.compiler.is_compiling() or in_transform():
-        return
-    if not bool(((t >= 0) & (t <= 1)).all()):
+    if readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(
             f"{name} must lie in [0, 1] for {family}, got values in [{t.min()}, {t.max()}]"
         )

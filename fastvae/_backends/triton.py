@@ -65,6 +65,7 @@ def _serving(
     return served
 
 
+draw_seed = cpp.draw_seed
 rsample = _serving(cpp.rsample)
 rsample_kl = _serving(cpp.rsample_kl)
 kl_divergence = _serving(cpp.kl_divergence)

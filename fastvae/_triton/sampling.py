@@ -13,9 +13,13 @@ from fastvae._triton.philox import columns, normals
 
 
 @triton.jit
-def stream(b, k, cols, num_samples, sample_offset):
-    """The stream's index of the first element of sample b's k-th draw."""
-    return ((b.to(tl.int64) + sample_offset) * num_samples + k) * cols
+def stream(b, valid, k, cols, num_samples, sample_offset, sample_index):
+    """The stream's index of the first element of row b's k-th draw."""
+    if sample_index is None:
+        sample = b.to(tl.int64) + sample_offset
+    else:
+        sample = tl.load(sample_index + b, mask=valid, other=0)
+    return (sample * num_samples + k) * cols
 
 
 @triton.jit(do_not_specialize=["rows", "batch", "num_samples", "sample_offset", "splits"])
@@ -32,6 +36,7 @@ def sample_kernel(
     batch,
     num_samples,
     sample_offset,
+    sample_index,  # int64 [batch], or None: sample_offset + row
     chunk,
     splits,
     COMPUTE: tl.constexpr,
@@ -47,7 +52,7 @@ def sample_kernel(
     row = ((program // splits).to(INDEX) * R + tl.arange(0, R))[:, None]
     in_rows = row < rows
     b = row % batch  # z is [num_samples, batch]: each draw reads mu and logvar again, from L2
-    first = stream(b, row // batch, cols, num_samples, sample_offset)
+    first = stream(b, in_rows, row // batch, cols, num_samples, sample_offset, sample_index)
     key = tl.load(seed)
 
     total = tl.zeros((R, C // 4 if FOUR else C), COMPUTE)
@@ -86,6 +91,7 @@ def sample_backward_kernel(
     cols,
     num_samples,
     sample_offset,
+    sample_index,  # int64 [batch], or None: sample_offset + row
     chunk,
     splits,
     COMPUTE: tl.constexpr,
@@ -111,7 +117,7 @@ def sample_backward_kernel(
         eps_dz = eps_dz + (tl.zeros((R, at[j].shape[0]), COMPUTE),)
     if grad_z is not None:
         for k in range(num_samples):
-            first = stream(row, k, cols, num_samples, sample_offset)
+            first = stream(row, in_rows, k, cols, num_samples, sample_offset, sample_index)
             eps = normals(key, first, start, C, FOUR)
             from_row = grad_z + (k * batch + row) * grad_z_stride
             new_dz = ()
@@ -160,6 +166,7 @@ def sample_forward(
     seed: Tensor,  # int64 [1], on the device: never read back
     num_samples: int,
     sample_offset: int,
+    sample_index: Tensor | None,  # int64 [batch]
     z: Tensor,  # [num_samples · batch, cols]
     kl: Tensor | None,  # [batch]
 ) -> None:
@@ -186,6 +193,7 @@ def sample_forward(
         mu.shape[0],
         num_samples,
         sample_offset,
+        sample_index,
         chunk,
         split,
         COMPUTE=compute_type(mu.dtype),
@@ -208,6 +216,7 @@ def sample_backward(
     seed: Tensor,
     num_samples: int,
     sample_offset: int,
+    sample_index: Tensor | None,
     grad_mu: Tensor,  # [batch, cols]
     grad_logvar: Tensor,
 ) -> None:
@@ -233,6 +242,7 @@ def sample_backward(
         cols,
         num_samples,
         sample_offset,
+        sample_index,
         width,
         split,
         COMPUTE=compute_type(mu.dtype),
