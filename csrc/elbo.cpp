@@ -121,16 +121,18 @@ Tensor kl_gradient(const Call& call, const Tensor& upstream, int64_t batch, bool
   return grad;
 }
 
-// The parts leave through `parts`: a Function with outputs marked as not differentiable is one that
+// ln p and KL, reduced as the loss is, and ln p of each row.
+using Parts = std::tuple<Tensor, Tensor, Tensor>;
+
+// They leave through `parts`: a Function with outputs marked as not differentiable is one that
 // compiled autograd refuses.
 struct Elbo : torch::autograd::Function<Elbo> {
   static Tensor forward(AutogradContext* ctx, at::TensorList inputs, const Tensor& kl,
-                        const Call& call, double beta, const std::string& reduction,
-                        std::pair<Tensor, Tensor>* parts) {
+                        const Call& call, double beta, const std::string& reduction, Parts* parts) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor value = forward_and_save(ctx, inputs, call);
     auto [loss, ll, kl_out] = elbo_reduce(value, kl, call.weight, beta, reduction);
-    *parts = {ll, kl_out};
+    *parts = {ll, kl_out, value};
     return loss;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
@@ -149,21 +151,21 @@ struct Elbo : torch::autograd::Function<Elbo> {
   }
 };
 
-using Terms = std::tuple<Tensor, Tensor, Tensor>;
+using Terms = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // the loss and its parts
 
 Terms elbo_composite(const Tensor& x, at::TensorList params, const Tensor& kl,
                      c10::string_view family, at::ArrayRef<double> options, const OptTensor& mask,
                      const OptTensor& weight, double beta, c10::string_view reduction_name) {
   const Reduction reduction = parse_reduction(reduction_name);
-  Tensor ll = log_likelihood_composite(x, params, family, options, mask);
-  if (ll.dim() == 2) ll = ll.mean(0);
+  const Tensor rows = log_likelihood_composite(x, params, family, options, mask);
+  const Tensor ll = rows.dim() == 2 ? rows.mean(0) : rows;
   const double c = row_scale(reduction, x.size(0));
   auto reduce = [&](const Tensor& t) {
     const Tensor w = weight ? t * *weight : t;
     return reduction == Reduction::none ? w : w.sum() * c;
   };
   return {reduce(kl * beta - ll), reduce(ll).detach(),
-          reduce(kl.to(compute_type(kl.scalar_type()))).detach()};
+          reduce(kl.to(compute_type(kl.scalar_type()))).detach(), rows.detach()};
 }
 
 // Whether the parameters can be overwritten by their gradients; ValueError where that would destroy
@@ -209,10 +211,10 @@ Terms elbo_routed(const Tensor& x, at::TensorList params, const Tensor& kl, c10:
   call.kl_scale = c * beta;
   call.kl_type = kl.scalar_type();
   call.overwrite = overwrite && may_overwrite(call, inputs, kl);
-  std::pair<Tensor, Tensor> parts;
+  Parts parts;
   const Tensor loss =
       Elbo::apply(at::TensorList(inputs), kl, call, beta, std::string(reduction), &parts);
-  return {loss, parts.first, parts.second};
+  return std::tuple_cat(std::tie(loss), parts);
 }
 
 Terms elbo_autograd(const Tensor& x, at::TensorList params, const Tensor& kl,
@@ -231,8 +233,8 @@ Terms elbo_inplace_autograd(const Tensor& x, at::TensorList params, const Tensor
 Terms elbo_fused(const Tensor& x, at::TensorList params, const Tensor& kl, c10::string_view family,
                  at::ArrayRef<double> options, const OptTensor& mask, const OptTensor& weight,
                  double beta, c10::string_view reduction) {
-  return elbo_reduce(log_likelihood_fused(x, params, family, options, mask), kl, weight, beta,
-                     reduction);
+  const Tensor rows = log_likelihood_fused(x, params, family, options, mask);
+  return std::tuple_cat(elbo_reduce(rows, kl, weight, beta, reduction), std::tie(rows));
 }
 
 void implementations(torch::Library& m) {

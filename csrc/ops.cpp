@@ -35,12 +35,12 @@ TORCH_LIBRARY(fastvae, m) {
   m.def(
       "elbo(Tensor x, Tensor[] params, Tensor kl, str family, float[] options, Tensor? mask, "
       "Tensor? weight, float beta, str reduction) -> (Tensor loss, Tensor log_likelihood, Tensor "
-      "kl_out)");
+      "kl_out, Tensor rows)");
   // Where a gradient is asked for, it overwrites the parameter that it belongs to.
   m.def(
       "elbo_inplace(Tensor x, Tensor(a!)[] params, Tensor kl, str family, float[] options, Tensor? "
       "mask, Tensor? weight, float beta, str reduction) -> (Tensor loss, Tensor log_likelihood, "
-      "Tensor kl_out)");
+      "Tensor kl_out, Tensor rows)");
   m.def(
       "elbo_reduce(Tensor log_likelihood, Tensor kl, Tensor? weight, float beta, str reduction) "
       "-> (Tensor loss, Tensor log_likelihood_out, Tensor kl_out)");

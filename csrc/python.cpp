@@ -14,7 +14,7 @@ namespace {
 namespace py = pybind11;
 
 using Sample = std::tuple<Tensor, Tensor>;
-using Terms = std::tuple<Tensor, Tensor, Tensor>;
+using Terms = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // What these functions return where somebody else has to see the call (a subclass of Tensor, a
 // mode, a transform), where it is not the common one, and where an operator refuses it: None. The

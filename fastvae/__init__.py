@@ -3,6 +3,8 @@
 from fastvae import likelihoods
 from fastvae._backends import Backend, Terms, backends
 from fastvae._backends.cpp import empty_cache
+from fastvae.diagnostics import Diagnosis, diagnose
+from fastvae.distributions import DiagonalNormal, from_distribution
 from fastvae.functional import (
     elbo_loss,
     elbo_terms,
@@ -17,12 +19,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "Diagnosis",
+    "DiagonalNormal",
     "ELBOLoss",
     "Terms",
     "backends",
+    "diagnose",
     "elbo_loss",
     "elbo_terms",
     "empty_cache",
+    "from_distribution",
     "kl_divergence",
     "likelihoods",
     "log_likelihood",

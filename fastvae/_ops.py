@@ -158,6 +158,6 @@ def _elbo(
     weight: Tensor | None,
     beta: float,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, ll, kl_out = _elbo_reduce(_rows(params[0]), kl, weight, beta, reduction)
-    return loss, ll, kl_out
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = _log_likelihood(x, params, family, options, mask)
+    return *_elbo_reduce(rows, kl, weight, beta, reduction), rows

@@ -68,7 +68,7 @@ def rsample(
         z = cpp.direct.rsample(mu, logvar, sample_offset)
         if z is not None:
             return z
-    _check_latent(mu, logvar)
+    check_latent(mu, logvar)
     _check_stream(mu, num_samples, sample_offset, sample_index)
     ops = select(backend, mu.device)
     key = _seed(ops, mu, generator, seed)
@@ -99,9 +99,9 @@ def rsample_kl(
         sample = cpp.direct.rsample_kl(mu, logvar, sample_offset)
         if sample is not None:
             return sample
-    _check_latent(mu, logvar)
+    check_latent(mu, logvar)
     _check_stream(mu, num_samples, sample_offset, sample_index)
-    expanded = None if prior is None else _expand_prior(prior, mu)
+    expanded = None if prior is None else expand_prior(prior, mu)
     ops = select(backend, mu.device)
     key = _seed(ops, mu, generator, seed)
     if expanded is None:
@@ -131,8 +131,8 @@ def kl_divergence(
         ValueError: shapes or devices don't fit, unknown or unavailable backend.
         TypeError: not floating tensors, or dtypes differ.
     """
-    _check_latent(mu, logvar)
-    expanded = None if prior is None else _expand_prior(prior, mu)
+    check_latent(mu, logvar)
+    expanded = None if prior is None else expand_prior(prior, mu)
     return select(backend, mu.device).kl_divergence(mu, logvar, expanded)
 
 
@@ -250,6 +250,30 @@ def elbo_terms(
         (loss, log_likelihood, kl), all reduced alike, so that loss = beta · kl − log_likelihood;
         the last two are detached, for logging.
     """
+    return evaluate(
+        recon, x, mu, logvar, kl=kl, likelihood=likelihood, beta=beta, reduction=reduction,
+        prior=prior, sample_weight=sample_weight, mask=mask,
+        inplace_backward=inplace_backward, backend=backend,
+    )[0]  # fmt: skip
+
+
+def evaluate(
+    recon: Recon,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    *,
+    kl: Tensor | None,
+    likelihood: str | Likelihood,
+    beta: float,
+    reduction: str,
+    prior: Prior | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Terms, Tensor, Tensor]:
+    """`elbo_terms`, and each row's log-likelihood ([B] or [K, B], detached) and KL ([B])."""
     family = _family(likelihood)
     check_reduction(reduction)
     check_beta(beta)
@@ -258,7 +282,8 @@ def elbo_terms(
     if common and not family.own_param_names and not is_compiling():
         terms = cpp.direct.elbo(x, recon, kl, family.family, family.options, beta, reduction)
         if terms is not None:
-            return Terms(*terms)
+            assert kl is not None
+            return Terms(*terms[:3]), terms[3], kl
     params = _check_recon(x, recon, family)
     mask = _check_mask(mask, x)
     weight = _check_per_sample("sample_weight", sample_weight, x)
@@ -271,16 +296,17 @@ def elbo_terms(
         if mu is None or logvar is None:
             given = " and ".join(n for n, t in (("mu", mu), ("logvar", logvar)) if t is not None)
             raise ValueError(f"give mu and logvar, or kl, got {given or 'none of them'}")
-        _check_latent(mu, logvar)
+        check_latent(mu, logvar)
         if mu.shape[0] != x.shape[0] or mu.device != x.device:
             raise ValueError(
                 f"mu and x must agree in batch size and device, got {_shape(mu)} on {mu.device} "
                 f"and {_shape(x)} on {x.device}"
             )
-        kl = ops.kl_divergence(mu, logvar, None if prior is None else _expand_prior(prior, mu))
+        kl = ops.kl_divergence(mu, logvar, None if prior is None else expand_prior(prior, mu))
     assert kl is not None
     weight = None if weight is None else weight.detach()
-    return ops.elbo(x, params, kl, family, mask, weight, beta, reduction, inplace_backward)
+    terms, rows = ops.elbo(x, params, kl, family, mask, weight, beta, reduction, inplace_backward)
+    return terms, rows, kl
 
 
 _NAMED: dict[str, Likelihood] = {}
@@ -315,25 +341,8 @@ def check_beta(beta: float) -> None:
         raise ValueError(f"beta must be finite and ≥ 0, got {beta}")
 
 
-def _shape(t: Tensor) -> str:
-    return str(list(t.shape))
-
-
-def _check_dense(name: str, t: Tensor) -> None:
-    if t.layout != torch.strided or t.is_nested:
-        kind = "nested" if t.is_nested else t.layout
-        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
-
-
-def _check_floating(name: str, t: object) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    _check_dense(name, t)
-    if t.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
-
-
-def _check_latent(mu: Tensor, logvar: Tensor) -> None:
+def check_latent(mu: Tensor, logvar: Tensor) -> None:
+    """Raises unless the two are dense floating tensors alike, with a batch dimension."""
     _check_floating("mu", mu)
     _check_floating("logvar", logvar)
     if mu.shape != logvar.shape:
@@ -350,6 +359,39 @@ def _check_latent(mu: Tensor, logvar: Tensor) -> None:
         )
     if mu.dim() == 0:
         raise ValueError("mu must have a batch dimension, got []")
+
+
+def expand_prior(prior: Prior, mu: Tensor) -> Prior:
+    """The prior's parameters in mu's shape; raises unless they fit it."""
+    if not isinstance(prior, (tuple, list)) or len(prior) != 2:
+        raise TypeError(f"prior must be a pair (mu, logvar) of tensors, got {type(prior).__name__}")
+    for name, t in zip(("prior mu", "prior logvar"), prior, strict=True):
+        _check_floating(name, t)
+        if t.dtype != mu.dtype:
+            raise TypeError(f"{name} must have mu's dtype {mu.dtype}, got {t.dtype}")
+        if t.device != mu.device:
+            raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
+        if not _broadcasts(t, mu.shape):
+            raise ValueError(f"{name} must broadcast to mu's shape {_shape(mu)}, got {_shape(t)}")
+    return prior[0].expand(mu.shape), prior[1].expand(mu.shape)
+
+
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def _check_dense(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided or t.is_nested:
+        kind = "nested" if t.is_nested else t.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+
+
+def _check_floating(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    _check_dense(name, t)
+    if t.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
 
 
 def _check_stream(
@@ -424,20 +466,6 @@ def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
     return t.dim() <= len(shape) and all(
         a in (1, b) for a, b in zip(reversed(t.shape), reversed(shape), strict=False)
     )
-
-
-def _expand_prior(prior: Prior, mu: Tensor) -> Prior:
-    if not isinstance(prior, (tuple, list)) or len(prior) != 2:
-        raise TypeError(f"prior must be a pair (mu, logvar) of tensors, got {type(prior).__name__}")
-    for name, t in zip(("prior mu", "prior logvar"), prior, strict=True):
-        _check_floating(name, t)
-        if t.dtype != mu.dtype:
-            raise TypeError(f"{name} must have mu's dtype {mu.dtype}, got {t.dtype}")
-        if t.device != mu.device:
-            raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
-        if not _broadcasts(t, mu.shape):
-            raise ValueError(f"{name} must broadcast to mu's shape {_shape(mu)}, got {_shape(t)}")
-    return prior[0].expand(mu.shape), prior[1].expand(mu.shape)
 
 
 def _check_recon(x: Tensor, recon: Recon, family: Likelihood) -> tuple[Tensor, ...]:

@@ -4,7 +4,9 @@ from torch import Tensor, nn
 
 from fastvae import likelihoods
 from fastvae._backends import Prior, Terms, check_backend
-from fastvae.functional import Recon, check_beta, check_reduction, elbo_terms
+from fastvae._backends._common import in_transform
+from fastvae.diagnostics import NonFinite
+from fastvae.functional import Recon, check_beta, check_reduction, evaluate
 from fastvae.likelihoods import Likelihood
 
 
@@ -18,6 +20,7 @@ class ELBOLoss(nn.Module):
         reduction: "mean" over the batch, "sum", or "none".
         backend: "auto", "cpp", "triton" or "eager".
         inplace_backward: as in `fastvae.elbo_loss`: recon is overwritten by its gradient.
+        track_nonfinite: count rows that are not finite, on the device, for `check`.
 
     Example:
         >>> criterion = ELBOLoss("bernoulli")
@@ -32,6 +35,7 @@ class ELBOLoss(nn.Module):
         reduction: str = "mean",
         backend: str = "auto",
         inplace_backward: bool = False,
+        track_nonfinite: bool = False,
     ) -> None:
         super().__init__()
         check_reduction(reduction)
@@ -42,6 +46,9 @@ class ELBOLoss(nn.Module):
         self.reduction = reduction
         self.backend = backend
         self.inplace_backward = inplace_backward
+        self.track_nonfinite = track_nonfinite
+        # Not a buffer: DDP would overwrite each rank's own by the first rank's.
+        self._nonfinite: NonFinite | None = None
 
     def forward(
         self,
@@ -56,11 +63,9 @@ class ELBOLoss(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The loss, in nats; arguments, shapes and errors as in `fastvae.elbo_loss`."""
-        return elbo_terms(
-            recon, x, mu, logvar, kl=kl, likelihood=self.likelihood, beta=self.beta,
-            reduction=self.reduction, prior=prior, sample_weight=sample_weight, mask=mask,
-            inplace_backward=self.inplace_backward, backend=self.backend,
-        ).loss  # fmt: skip
+        return self.terms(
+            recon, x, mu, logvar, kl=kl, prior=prior, sample_weight=sample_weight, mask=mask
+        ).loss
 
     def terms(
         self,
@@ -75,11 +80,31 @@ class ELBOLoss(nn.Module):
         mask: Tensor | None = None,
     ) -> Terms:
         """(loss, log_likelihood, kl), reduced alike; the last two are detached, for logging."""
-        return elbo_terms(
+        terms, rows, kl_rows = evaluate(
             recon, x, mu, logvar, kl=kl, likelihood=self.likelihood, beta=self.beta,
             reduction=self.reduction, prior=prior, sample_weight=sample_weight, mask=mask,
             inplace_backward=self.inplace_backward, backend=self.backend,
         )  # fmt: skip
+        if self.track_nonfinite and not in_transform():
+            if self._nonfinite is None or self._nonfinite.count.device != rows.device:
+                self._nonfinite = NonFinite(rows.device)
+            self._nonfinite.add(rows, kl_rows, sample_weight)
+        return terms
+
+    def check(self) -> None:
+        """Raises if a term was not finite since the last check; the one place that waits for the
+        device.
+
+        Raises:
+            FloatingPointError: names each term, how many rows, and the first call and row.
+            RuntimeError: the loss was made without ``track_nonfinite=True``.
+        """
+        if not self.track_nonfinite:
+            raise RuntimeError("check() needs ELBOLoss(track_nonfinite=True)")
+        found, self._nonfinite = self._nonfinite, None
+        report = None if found is None else found.report()
+        if report is not None:
+            raise FloatingPointError(f"not finite: {report}")
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, reduction={self.reduction!r}, backend={self.backend!r}"

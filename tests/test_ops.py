@@ -143,6 +143,19 @@ def test_compile_fullgraph_draws_and_differentiates_alike(dynamic: bool) -> None
             torch.testing.assert_close(a, b)
 
 
+def test_the_seed_is_an_operator_of_ours_in_a_compiled_graph() -> None:
+    """Inductor may replace torch.randint by a stream of its own."""
+    graphs: list[str] = []
+
+    def record(module: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(module.code)
+        return module
+
+    torch._dynamo.reset()
+    torch.compile(lambda m: fastvae.rsample(m, m), fullgraph=True, backend=record)(leaf(3, 4))
+    assert "fastvae.seed" in graphs[0] and "randint" not in graphs[0], graphs[0]
+
+
 @pytest.mark.parametrize("family", registry)
 def test_functorch_matches_autograd(family: str) -> None:
     likelihood = registry[family]()

@@ -64,7 +64,8 @@ class Ops(Protocol):
         beta: float,
         reduction: str,
         inplace_backward: bool,
-    ) -> Terms: ...
+    ) -> tuple[Terms, Tensor]:  # and ln p of each row, [B] or [K, B], detached
+        ...
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,7 +75,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def in_transform() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp, …) is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    functorch = torch._C._functorch
+    # Not `is not None`, which torch.compile takes to be true of whatever this returns.
+    return isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)
 
 
 def readable(t: Tensor) -> bool:

@@ -131,14 +131,15 @@ def elbo(
     beta: float,
     reduction: str,
     inplace_backward: bool,
-) -> Terms:
+) -> tuple[Terms, Tensor]:
     args = (likelihood.family, likelihood.options, mask, weight)
     if not torch.compiler.is_compiling():
         op = _ops.elbo_inplace.default if inplace_backward else _ops.elbo.default
-        return Terms(*op(x, params, kl, *args, beta, reduction))
+        *terms, rows = op(x, params, kl, *args, beta, reduction)
+        return Terms(*terms), rows
     # Traced, an op's float is a constant: each β of an annealing schedule would compile again.
-    loss, ll, _ = _ops.elbo.default(x, params, kl * beta, *args, 1.0, reduction)
+    loss, ll, _, rows = _ops.elbo.default(x, params, kl * beta, *args, 1.0, reduction)
     weighted = kl.detach() if weight is None else kl.detach() * weight
     if reduction != "none":
         weighted = weighted.sum() / (max(x.shape[0], 1) if reduction == "mean" else 1)
-    return Terms(loss, ll, weighted.to(loss.dtype))
+    return Terms(loss, ll, weighted.to(loss.dtype)), rows

@@ -159,10 +159,9 @@ def elbo(
     beta: float,
     reduction: str,
     inplace_backward: bool,  # autograd keeps what it keeps
-) -> Terms:
-    ll = log_likelihood(x, params, likelihood, mask)
-    if ll.dim() == 2:
-        ll = ll.mean(0)
+) -> tuple[Terms, Tensor]:
+    rows = log_likelihood(x, params, likelihood, mask)
+    ll = rows.mean(0) if rows.dim() == 2 else rows
     kl = kl.to(torch.promote_types(kl.dtype, ll.dtype))
     parts = (beta * kl - ll, ll.detach(), kl.detach())
     if weight is not None:
@@ -171,4 +170,4 @@ def elbo(
     if reduction != "none":
         count = max(x.shape[0], 1) if reduction == "mean" else 1
         parts = (parts[0].sum() / count, parts[1].sum() / count, parts[2].sum() / count)
-    return Terms(*parts)
+    return Terms(*parts), rows.detach()
