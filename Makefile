@@ -1,5 +1,6 @@
 # make demo   set up and train a VAE on handwritten digits     make check  lint, format, types
 # make test   set up and pass the tests                        make bench  time it against peers
+# make docs   build the site into build/site
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
@@ -7,16 +8,19 @@ export PATH := $(BIN):$(PATH)
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test check bench bench-gpu format clean
+.PHONY: demo test check bench bench-gpu docs format clean
 demo: $(VENV)/built
 	python examples/digits.py
 
-test: $(VENV)/built $(VENV)/triton-3.7.1
-	OLDEST_TRITON=$(abspath $(VENV))/triton-3.7.1 python -m pytest
+test: $(VENV)/built $(VENV)/triton-3.7.1 $(VENV)/others
+	OLDEST_TRITON=$(abspath $(VENV))/triton-3.7.1 python -m pytest --numprocesses 2 --dist loadgroup
 
 bench: $(VENV)/built
 	python -m pytest benchmarks --benchmark-json=benchmarks/last.json
 	python -m benchmarks.scaling
+
+docs: $(VENV)/built $(VENV)/others
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 bench-gpu: $(VENV)/built
 	python -m pytest benchmarks --device cuda --benchmark-json=benchmarks/last-gpu.json
@@ -35,6 +39,10 @@ format: $(VENV)/installed
 $(VENV)/installed: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+$(VENV)/others: requirements-test.txt $(VENV)/installed
+	pip install --quiet --requirement $<
 	touch $@
 
 $(VENV)/triton-3.7.1: $(VENV)/installed

@@ -28,7 +28,7 @@ class DiagonalNormal(Distribution):
     Raises:
         ValueError, TypeError: as `fastvae.rsample`.
 
-    Example:
+    Examples:
         >>> q = DiagonalNormal(mu, logvar)
         >>> z = q.rsample()
         >>> kl = torch.distributions.kl_divergence(q, Normal(0.0, 1.0))

@@ -188,8 +188,8 @@ def elbo_loss(
 ) -> Tensor:
     """The negative evidence lower bound, in nats: what a VAE minimizes.
 
-    Per sample, w_b (β KL_b − mean over K of ln p(x_b | recon_kb)); with β = 1 the ELBO (Kingma &
-    Welling 2014, equation 7), otherwise the β-VAE objective (Higgins et al. 2017, equation 4).
+    Per sample, w_b (β KL_b − mean over K of ln p(x_b | recon_kb)); with β = 1 the negative ELBO
+    (Kingma & Welling 2014, equation 7), otherwise the β-VAE objective (Higgins et al. 2017, equation 4).
 
     Args:
         recon: the decoder's output, as in `log_likelihood`.

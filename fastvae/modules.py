@@ -22,7 +22,7 @@ class ELBOLoss(nn.Module):
         inplace_backward: as in `fastvae.elbo_loss`: recon is overwritten by its gradient.
         track_nonfinite: count rows that are not finite, on the device, for `check`.
 
-    Example:
+    Examples:
         >>> criterion = ELBOLoss("bernoulli")
         >>> z, kl = fastvae.rsample_kl(mu, logvar)
         >>> loss = criterion(decoder(z), x, kl=kl)

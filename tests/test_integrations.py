@@ -1,0 +1,229 @@
+"""The examples compute what the libraries they are for compute themselves: value and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_examples import load, need
+from torch import Tensor, nn
+
+import fastvae
+from fastvae.likelihoods import Gaussian
+
+
+def noise_like(mu: Tensor) -> Tensor:
+    """What fastvae adds to mu, in units of sigma, when the generator is in the same state."""
+    return fastvae.rsample(torch.zeros_like(mu), torch.zeros_like(mu))
+
+
+def assert_same(ours: Tensor, theirs: Tensor, module: nn.Module, other: nn.Module) -> None:
+    """The same value and the same gradient of every parameter. In float64, where the library
+    allows it, a dropped constant or another average is far outside."""
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.linspace(0.5, 2.1, ours.numel(), dtype=ours.dtype).view_as(ours)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    options = {"allow_unused": True, "retain_graph": True}
+    grads = torch.autograd.grad(ours, parameters, upstream, **options)
+    expected = torch.autograd.grad(theirs, list(other.parameters()), upstream, **options)
+    assert any(grad is not None and grad.any() for grad in grads)
+    for name, grad, reference in zip(names, grads, expected, strict=True):
+        torch.testing.assert_close(grad, reference, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_diffusers_loss() -> None:
+    """The KL is posterior.kl(), where diffusers clamps logvar too; so is the whole loss."""
+    need("diffusers")
+    example = load("diffusers_kl")
+    vae = example.make_vae().double()
+    nn.init.normal_(vae.quant_conv.weight)
+    with torch.no_grad():
+        vae.quant_conv.bias[-1] = -60  # one channel's logvar is below -30
+    x = 2 * torch.rand(3, 1, 16, 16, dtype=torch.float64) - 1
+    posterior = vae.encode(x).latent_dist
+    assert (posterior.logvar == -30).any() and (posterior.logvar != -30).any()
+
+    _, kl = fastvae.rsample_kl(posterior.mean, posterior.logvar)
+    assert_same(kl, posterior.kl(), vae, vae)
+
+    torch.manual_seed(7)
+    loss, _, _ = example.negative_elbo(vae, fastvae.ELBOLoss(Gaussian(scale=0.2)), x)
+    torch.manual_seed(7)
+    posterior = vae.encode(x).latent_dist
+    recon = vae.decode(posterior.mean + posterior.std * noise_like(posterior.mean)).sample
+    nll = -torch.distributions.Normal(recon, 0.2).log_prob(x).sum((1, 2, 3))
+    assert_same(loss, (nll + posterior.kl()).mean(), vae, vae)
+
+
+def test_diffusers_video_latents() -> None:
+    """Of [B, C, T, H, W], diffusers' kl() leaves one value per column; here one per video."""
+    need("diffusers")
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    latents = nn.ParameterList([torch.randn(2, 8, 3, 4, 5, dtype=torch.float64)])
+    posterior = DiagonalGaussianDistribution(latents[0])
+    z, kl = fastvae.rsample_kl(posterior.mean, posterior.logvar)
+    assert z.shape == (2, 4, 3, 4, 5) and posterior.kl().shape == (2, 5)
+    assert_same(kl, posterior.kl().sum(-1), latents, latents)
+
+
+@pytest.mark.parametrize("reconstruction_loss", ["bce", "mse"])
+def test_pythae_loss(reconstruction_loss: str) -> None:
+    need("pythae.models")
+    from pythae.data.datasets import DatasetOutput
+    from pythae.models import VAE, VAEConfig
+
+    example = load("pythae_model")
+    config = VAEConfig(input_dim=(1, 8, 8), latent_dim=5, reconstruction_loss=reconstruction_loss)
+    ours, theirs = example.FastVAE(config).double(), VAE(config).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = DatasetOutput(data=torch.rand(7, 1, 8, 8, dtype=torch.float64))
+    theirs._sample_gauss = lambda mu, std: (mu + std * noise_like(mu), None)
+    outputs = []
+    for model in (ours, theirs):
+        torch.manual_seed(7)
+        outputs.append(model(x))
+    assert_same(outputs[0].loss, outputs[1].loss, ours, theirs)
+    for term in ("recon_loss", "reg_loss", "recon_x", "z"):
+        torch.testing.assert_close(outputs[0][term], outputs[1][term])
+
+
+@pytest.mark.parametrize("observed_library", [True, False])
+@pytest.mark.parametrize("latent_distribution", ["normal", "ln"])
+def test_scvi_loss(observed_library: bool, latent_distribution: str) -> None:
+    need("scvi")
+    from scvi.module import VAE
+
+    example = load("scvi_module")
+    options: dict[str, Any] = {
+        "n_input": 30,
+        "n_batch": 2,
+        "dropout_rate": 0.0,
+        "latent_distribution": latent_distribution,
+        "use_observed_lib_size": observed_library,
+    }
+    if not observed_library:
+        options["library_log_means"] = torch.tensor([[3.0, 3.5]]).numpy()
+        options["library_log_vars"] = torch.tensor([[0.2, 0.1]]).numpy()
+    # scVI's library prior is in float32 whatever the module's dtype.
+    dtype = torch.float64 if observed_library else torch.float32
+    ours, theirs = example.FastVAE(**options).to(dtype), VAE(**options).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    tensors = {
+        "X": torch.poisson(torch.full((16, 30), 2.0, dtype=dtype)),
+        "batch": torch.arange(16).remainder(2)[:, None],
+        "labels": torch.zeros(16, 1, dtype=torch.int64),
+    }
+
+    def inference(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        outputs = VAE.inference(theirs, *args, **kwargs)
+        q = outputs["qz"]
+        z = q.loc + q.scale * noise_like(q.loc)
+        return {**outputs, "z": theirs.z_encoder.z_transformation(z)}
+
+    theirs.inference = inference
+    losses = []
+    for module in (ours, theirs):
+        torch.manual_seed(7)
+        losses.append(module(tensors, loss_kwargs={"kl_weight": 0.3})[2])
+    assert_same(losses[0].loss, losses[1].loss, ours, theirs)
+    assert losses[0].kl_local.keys() == losses[1].kl_local.keys()
+    for name, kl in losses[0].kl_local.items():
+        torch.testing.assert_close(kl, losses[1].kl_local[name])
+
+
+class PyroVAE(nn.Module):
+    """One that the ELBO takes, and by its options some that it refuses."""
+
+    def __init__(self, observe: str = "bernoulli", plate: int = 6, latent: str = "normal") -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(9, 4), nn.Linear(2, 18)
+        self.observe, self.plate, self.latent = observe, plate, latent
+
+    def rows(self, x: Tensor) -> Any:
+        import pyro
+
+        return pyro.plate("rows", self.plate, subsample=torch.arange(len(x)))
+
+    def model(self, x: Tensor) -> None:
+        import pyro
+        import pyro.distributions as dist
+
+        pyro.module("decoder", self.decoder)
+        with self.rows(x):
+            prior = dist.Normal(x.new_full((2,), 0.1), x.new_full((2,), 1.5)).to_event(1)
+            z = pyro.sample("z", prior)
+            if self.latent == "two":
+                pyro.sample("w", prior)
+            first, second = self.decoder(z).chunk(2, dim=-1)
+            fn = {
+                "bernoulli": dist.Bernoulli(logits=first),
+                "probs": dist.Bernoulli(first.sigmoid()),
+                "normal": dist.Normal(first, second.exp()),
+                "fixed": dist.Normal(first, 0.3),
+                "laplace": dist.Laplace(first, 1.0),
+                "masked": dist.Normal(first, 0.3).mask(x > 0),
+            }[self.observe]
+            pyro.sample("x", fn.to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        import pyro
+        import pyro.distributions as dist
+
+        pyro.module("encoder", self.encoder)
+        with self.rows(x):
+            mu, scale = self.encoder(x).chunk(2, dim=-1)
+            fn = dist.Laplace if self.latent == "laplace" else dist.Normal
+            pyro.sample("z", fn(mu, scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("plate", [6, 60], ids=["whole", "subsampled"])
+@pytest.mark.parametrize("observe", ["bernoulli", "probs", "normal", "fixed"])
+def test_pyro_elbo(observe: str, plate: int) -> None:
+    """Loss and gradients of TraceMeanField_ELBO, which draws the same z under the same seed."""
+    pyro = need("pyro")
+    vae = PyroVAE(observe, plate).double()
+    x = torch.bernoulli(torch.full((6, 9), 0.5, dtype=torch.float64))
+    losses, grads = [], []
+    for elbo in (load("pyro_elbo").FastELBO, pyro.infer.TraceMeanField_ELBO):
+        for call in ("differentiable_loss", "loss", "loss_and_grads"):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(7)
+            vae.zero_grad()
+            loss = getattr(elbo(num_particles=2), call)(vae.model, vae.guide, x)
+            losses.append(loss.item() if isinstance(loss, Tensor) else loss)
+        grads.append([parameter.grad for parameter in vae.parameters()])
+    assert losses == pytest.approx([losses[-1]] * 6, rel=1e-12)
+    assert all(grad is not None and grad.any() for grad in grads[0])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"latent": "two"}, r"one latent .* got latent \['z', 'w'\]"),
+        ({"latent": "laplace"}, "z must be Normal, got Laplace"),
+        ({"observe": "laplace"}, "x must be Bernoulli or Normal, got Laplace"),
+        ({"observe": "masked"}, "x must be Bernoulli or Normal, got MaskedDistribution"),
+    ],
+)
+def test_pyro_refuses(options: dict[str, str], message: str) -> None:
+    pyro = need("pyro")
+    pyro.clear_param_store()
+    vae = PyroVAE(**options)
+    elbo = load("pyro_elbo").FastELBO()
+    with pytest.raises(NotImplementedError, match=message):
+        elbo.loss(vae.model, vae.guide, torch.ones(6, 9))
+
+
+def test_pyro_refuses_more_than_one_plate() -> None:
+    pyro = need("pyro")
+    pyro.clear_param_store()
+    vae = PyroVAE()
+    elbo = load("pyro_elbo").FastELBO(num_particles=2, vectorize_particles=True)
+    with pytest.raises(NotImplementedError, match=r"z must be in one plate, got batch \[2, 6\]"):
+        elbo.loss(vae.model, vae.guide, torch.ones(6, 9))
+    masked = pyro.poutine.mask(vae.model, mask=torch.ones(6, dtype=torch.bool))
+    with pytest.raises(NotImplementedError, match="z has a mask"):
+        load("pyro_elbo").FastELBO().loss(masked, vae.guide, torch.ones(6, 9))
