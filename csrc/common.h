@@ -66,8 +66,8 @@ inline void check_dense(const Tensor& t, const char* name) {
 
 inline void check_same_shape(const Tensor& a, const char* a_name, const Tensor& b,
                              const char* b_name) {
-  TORCH_CHECK_VALUE(a.sizes() == b.sizes(), a_name, " and ", b_name,
-                    " must have the same shape, got ", a.sizes(), " and ", b.sizes());
+  TORCH_CHECK_VALUE(a.sym_sizes() == b.sym_sizes(), a_name, " and ", b_name,
+                    " must have the same shape, got ", a.sym_sizes(), " and ", b.sym_sizes());
 }
 
 inline void check_floating(const Tensor& t, const char* name) {
@@ -101,8 +101,9 @@ inline int64_t product(at::IntArrayRef sizes) { return c10::multiply_integers(si
 
 // Sums a gradient to the shape of the input it belongs to, in that input's dtype.
 inline Tensor reduce_to(const Tensor& grad, const Tensor& input) {
-  if (grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type()) return grad;
-  return at::sum_to(grad, input.sizes()).to(input.scalar_type());
+  if (grad.sym_sizes() == input.sym_sizes() && grad.scalar_type() == input.scalar_type())
+    return grad;
+  return at::sum_to(grad, input.sym_sizes()).to(input.scalar_type());
 }
 
 // Calls fn with a pointer to the elements of a contiguous floating tensor.
@@ -121,9 +122,12 @@ inline double scalar_value(const Tensor& t) {
 // [rows...] with `n` trailing dimensions of one, to multiply [rows..., event...].
 inline Tensor unsqueeze_event(const Tensor& t, int64_t n) {
   if (t.dim() == 0 || n == 0) return t;
-  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  auto sizes = t.sym_sizes().vec();
   sizes.resize(sizes.size() + n, 1);
-  return t.view(sizes);
+  return t.view_symint(sizes);
 }
+
+// One value for each row of x, of a scalar or of what has them already.
+inline Tensor per_row(const Tensor& t, const Tensor& x) { return t.expand_symint({x.sym_size(0)}); }
 
 }  // namespace fastvae

@@ -18,8 +18,9 @@ Reduction parse_reduction(c10::string_view name) {
 }
 
 // d(reduced) / d(one row's loss), the weights apart. The mean over an empty batch is 0, not NaN.
-double row_scale(Reduction reduction, int64_t batch) {
-  return reduction == Reduction::mean ? 1.0 / std::max<int64_t>(batch, 1) : 1.0;
+// Traced, the size becomes a constant: it is read for the mean alone.
+double row_scale(Reduction reduction, const Tensor& batch) {
+  return reduction == Reduction::mean ? 1.0 / std::max<int64_t>(batch.size(0), 1) : 1.0;
 }
 
 // (loss, log-likelihood, kl), each Σ_b c w_b (…)_b, or per sample for "none"; K is averaged over.
@@ -51,11 +52,11 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce_fused(const Tensor& log_likelihoo
   if (triton::serves(kl)) {
     triton::elbo_reduce(log_likelihood.contiguous(), kl.contiguous(),
                         weight ? OptTensor(weight->contiguous()) : weight, beta,
-                        row_scale(reduction, batch), std::get<0>(out), std::get<1>(out),
+                        row_scale(reduction, kl), std::get<0>(out), std::get<1>(out),
                         std::get<2>(out));
     return out;
   }
-  std::vector<double> ll_row(batch, 0.0), kl_row(batch), w(batch, row_scale(reduction, batch));
+  std::vector<double> ll_row(batch, 0.0), kl_row(batch), w(batch, row_scale(reduction, kl));
   with_values(log_likelihood.contiguous(), [&](const auto* p) {
     for (int64_t k = 0; k < samples; ++k)
       for (int64_t b = 0; b < batch; ++b)
@@ -100,10 +101,11 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce(const Tensor& log_likelihood, con
 }
 
 // d(loss) / d(kl): upstream · kl_scale · weight, [batch].
-Tensor kl_gradient(const Call& call, const Tensor& upstream, int64_t batch, bool graph) {
+Tensor kl_gradient(const Call& call, const Tensor& upstream, const Tensor& x, bool graph) {
   // Differentiable, traced or on a GPU: as ops; else in one loop, for a small step feels each op.
   if (graph || !is_plain(upstream) || triton::serves(upstream))
-    return call.weighted(upstream, call.kl_scale).expand({batch}).to(call.kl_type);
+    return per_row(call.weighted(upstream, call.kl_scale), x).to(call.kl_type);
+  const int64_t batch = x.size(0);
   std::vector<double> factor(batch, call.kl_scale);
   auto times = [&](const Tensor& t) {
     with_values(t.contiguous(), [&](const auto* p) {
@@ -143,7 +145,7 @@ struct Elbo : torch::autograd::Function<Elbo> {
     if (!upstream[0].defined()) return grads;
     if (ctx->needs_input_grad(count)) {
       const bool graph = needs_composite_backward({upstream[0]}, {});
-      grads[count] = kl_gradient(saved.call, upstream[0], saved.inputs[0].size(0), graph);
+      grads[count] = kl_gradient(saved.call, upstream[0], saved.inputs[0], graph);
     }
     auto input_grads = likelihood_grads(saved, upstream[0]);
     std::move(input_grads.begin(), input_grads.end(), grads.begin());
@@ -159,7 +161,7 @@ Terms elbo_composite(const Tensor& x, at::TensorList params, const Tensor& kl,
   const Reduction reduction = parse_reduction(reduction_name);
   const Tensor rows = log_likelihood_composite(x, params, family, options, mask);
   const Tensor ll = rows.dim() == 2 ? rows.mean(0) : rows;
-  const double c = row_scale(reduction, x.size(0));
+  const double c = row_scale(reduction, x);
   auto reduce = [&](const Tensor& t) {
     const Tensor w = weight ? t * *weight : t;
     return reduction == Reduction::none ? w : w.sum() * c;
@@ -204,8 +206,10 @@ Terms elbo_routed(const Tensor& x, at::TensorList params, const Tensor& kl, c10:
     return elbo_composite(x, params, kl, family, options, mask, weight, beta, reduction);
   inputs.pop_back();
   Call call = make_call(inputs, family, options, mask);
-  const double c = row_scale(parse_reduction(reduction), x.size(0));
-  const int64_t samples = params[0].dim() > x.dim() ? params[0].size(0) : 1;
+  const double c = row_scale(parse_reduction(reduction), x);
+  // Traced, size() would make constants of the other dimensions too.
+  const int64_t samples =
+      params[0].dim() > x.dim() ? params[0].sym_size(0).guard_int(__FILE__, __LINE__) : 1;
   call.weight = weight;
   call.scale = -c / static_cast<double>(samples);
   call.kl_scale = c * beta;

@@ -17,7 +17,7 @@ std::vector<Tensor> kl_inputs(const Tensor& mu, const Tensor& logvar, const OptT
                     "prior must be a pair (mu, logvar), got only one of them");
   std::vector<Tensor> inputs{mu, logvar};
   if (prior_mu) inputs.insert(inputs.end(), {*prior_mu, *prior_logvar});
-  TORCH_CHECK_VALUE(mu.dim() >= 1, "mu must have a batch dimension, got ", mu.sizes());
+  TORCH_CHECK_VALUE(mu.dim() >= 1, "mu must have a batch dimension, got ", mu.sym_sizes());
   for (const Tensor& t : inputs) check_same_shape(t, "logvar and prior", mu, "mu");
   return inputs;
 }

@@ -144,7 +144,7 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
   } else if (call.recompute) {
     at::AutoDispatchBelowAutograd guard;
     Tensor factor = call.weighted(upstream, call.scale);
-    if (factor.dim() == 0) factor = factor.expand({saved.inputs[0].size(0)});
+    if (factor.dim() == 0) factor = per_row(factor, saved.inputs[0]);
     grads = std::get<1>(run_forward(call, saved.inputs, factor, 1.0, call.needs));
   } else {
     const bool plain = is_plain(upstream), gpu = triton::serves(upstream);

@@ -54,7 +54,7 @@ def diagnose(
         ValueError, TypeError: as `fastvae.kl_divergence`; an empty batch; one of loss and x
             without the other.
     """
-    functional.check_latent(mu, logvar)
+    mu, logvar = functional.check_latent(mu, logvar)
     if mu.shape[0] == 0:
         raise ValueError(f"mu must hold at least one sample, got {list(mu.shape)}")
     if (loss is None) != (x is None):

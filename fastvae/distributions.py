@@ -38,8 +38,8 @@ class DiagonalNormal(Distribution):
     has_rsample = True
 
     def __init__(self, mu: Tensor, logvar: Tensor, validate_args: bool | None = None) -> None:
-        functional.check_latent(mu, logvar)
-        self.mu, self.logvar = mu, logvar
+        self.mu, self.logvar = functional.check_latent(mu, logvar)
+        mu = self.mu
         super().__init__(mu.shape[:1], mu.shape[1:], validate_args=bool(validate_args))
 
     @property

@@ -5,8 +5,11 @@ float64 is computed and returned in float64; float32, bfloat16 and float16 are c
 and sums come back in float32. Gradients have the dtype of their input.
 """
 
+import math
+import numbers
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -60,15 +63,15 @@ def rsample(
     Raises:
         ValueError: shapes or devices differ, num_samples < 1, both generator and seed, both
             sample_offset and sample_index, unknown or unavailable backend.
-        TypeError: mu or logvar is not a floating tensor, or their dtypes differ; another argument
-            has the wrong type.
+        TypeError: mu or logvar is not a floating tensor, or their dtypes differ (under autocast
+            the wider is taken); another argument has the wrong type.
     """
     common = num_samples is None and generator is None and seed is None and sample_index is None
     if common and backend == "auto" and not is_compiling():
         z = cpp.direct.rsample(mu, logvar, sample_offset)
         if z is not None:
             return z
-    check_latent(mu, logvar)
+    mu, logvar = check_latent(mu, logvar)
     _check_stream(mu, num_samples, sample_offset, sample_index)
     ops = select(backend, mu.device)
     key = _seed(ops, mu, generator, seed)
@@ -99,7 +102,7 @@ def rsample_kl(
         sample = cpp.direct.rsample_kl(mu, logvar, sample_offset)
         if sample is not None:
             return sample
-    check_latent(mu, logvar)
+    mu, logvar = check_latent(mu, logvar)
     _check_stream(mu, num_samples, sample_offset, sample_index)
     expanded = None if prior is None else expand_prior(prior, mu)
     ops = select(backend, mu.device)
@@ -107,7 +110,7 @@ def rsample_kl(
     if expanded is None:
         return ops.rsample_kl(mu, logvar, key, num_samples, sample_offset, sample_index)
     z = ops.rsample(mu, logvar, key, num_samples, sample_offset, sample_index)
-    return z, ops.kl_divergence(mu, logvar, expanded)
+    return z, _kl(ops, mu, logvar, expanded)
 
 
 def kl_divergence(
@@ -129,11 +132,11 @@ def kl_divergence(
 
     Raises:
         ValueError: shapes or devices don't fit, unknown or unavailable backend.
-        TypeError: not floating tensors, or dtypes differ.
+        TypeError: not floating tensors, or dtypes differ (under autocast the widest is taken).
     """
-    check_latent(mu, logvar)
+    mu, logvar = check_latent(mu, logvar)
     expanded = None if prior is None else expand_prior(prior, mu)
-    return select(backend, mu.device).kl_divergence(mu, logvar, expanded)
+    return _kl(select(backend, mu.device), mu, logvar, expanded)
 
 
 def log_likelihood(
@@ -189,7 +192,8 @@ def elbo_loss(
     """The negative evidence lower bound, in nats: what a VAE minimizes.
 
     Per sample, w_b (β KL_b − mean over K of ln p(x_b | recon_kb)); with β = 1 the negative ELBO
-    (Kingma & Welling 2014, equation 7), otherwise the β-VAE objective (Higgins et al. 2017, equation 4).
+    (Kingma & Welling 2014, equation 7), otherwise the β-VAE objective (Higgins et al. 2017,
+    equation 4).
 
     Args:
         recon: the decoder's output, as in `log_likelihood`.
@@ -197,7 +201,7 @@ def elbo_loss(
         mu, logvar: the encoder's output, [B, *latent]; or give `kl` instead.
         kl: one value per sample, [B], as from `rsample_kl`.
         likelihood: a name or an object.
-        beta: factor of the KL, ≥ 0.
+        beta: factor of the KL, ≥ 0; a number, numpy's too, not a tensor.
         reduction: "mean" over the batch, "sum", or "none" for one value per sample. An empty batch
             gives 0.
         prior: as in `kl_divergence`; only together with mu and logvar.
@@ -276,7 +280,7 @@ def evaluate(
     """`elbo_terms`, and each row's log-likelihood ([B] or [K, B], detached) and KL ([B])."""
     family = _family(likelihood)
     check_reduction(reduction)
-    check_beta(beta)
+    beta = check_beta(beta)
     common = mu is None and logvar is None and prior is None and mask is None
     common = common and sample_weight is None and not inplace_backward and backend == "auto"
     if common and not family.own_param_names and not is_compiling():
@@ -296,13 +300,13 @@ def evaluate(
         if mu is None or logvar is None:
             given = " and ".join(n for n, t in (("mu", mu), ("logvar", logvar)) if t is not None)
             raise ValueError(f"give mu and logvar, or kl, got {given or 'none of them'}")
-        check_latent(mu, logvar)
+        mu, logvar = check_latent(mu, logvar)
         if mu.shape[0] != x.shape[0] or mu.device != x.device:
             raise ValueError(
                 f"mu and x must agree in batch size and device, got {_shape(mu)} on {mu.device} "
                 f"and {_shape(x)} on {x.device}"
             )
-        kl = ops.kl_divergence(mu, logvar, None if prior is None else expand_prior(prior, mu))
+        kl = _kl(ops, mu, logvar, None if prior is None else expand_prior(prior, mu))
     assert kl is not None
     weight = None if weight is None else weight.detach()
     terms, rows = ops.elbo(x, params, kl, family, mask, weight, beta, reduction, inplace_backward)
@@ -331,25 +335,36 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
 
 
-def check_beta(beta: float) -> None:
-    """Raises unless beta is a finite number ≥ 0."""
+def check_beta(beta: object) -> float:
+    """Beta; raises unless it is a finite number ≥ 0."""
     if type(beta) is float and 0.0 <= beta <= sys.float_info.max:
-        return
-    if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
+        return beta
+    if isinstance(beta, torch.SymFloat):
+        return cast(float, beta)
+    if isinstance(beta, bool) or not isinstance(beta, (int, float, numbers.Real)):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-    if not 0.0 <= beta <= sys.float_info.max:
+    try:
+        value = float(beta)
+    except OverflowError:
+        value = math.inf
+    if not 0.0 <= value <= sys.float_info.max:
         raise ValueError(f"beta must be finite and ≥ 0, got {beta}")
+    return value
 
 
-def check_latent(mu: Tensor, logvar: Tensor) -> None:
-    """Raises unless the two are dense floating tensors alike, with a batch dimension."""
+def check_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """The two; raises unless they are dense floating tensors alike, with a batch dimension.
+
+    Under autocast, which gives some ops' outputs in float32 among others', their dtypes may differ:
+    then both come back in the wider one.
+    """
     _check_floating("mu", mu)
     _check_floating("logvar", logvar)
     if mu.shape != logvar.shape:
         raise ValueError(
             f"mu and logvar must have the same shape, got {_shape(mu)} and {_shape(logvar)}"
         )
-    if mu.dtype != logvar.dtype:
+    if mu.dtype != logvar.dtype and not torch.is_autocast_enabled(mu.device.type):
         raise TypeError(
             f"mu and logvar must have the same dtype, got {mu.dtype} and {logvar.dtype}"
         )
@@ -359,21 +374,37 @@ def check_latent(mu: Tensor, logvar: Tensor) -> None:
         )
     if mu.dim() == 0:
         raise ValueError("mu must have a batch dimension, got []")
+    if mu.dtype == logvar.dtype:
+        return mu, logvar
+    wide = torch.promote_types(mu.dtype, logvar.dtype)
+    return mu.to(wide), logvar.to(wide)
 
 
 def expand_prior(prior: Prior, mu: Tensor) -> Prior:
-    """The prior's parameters in mu's shape; raises unless they fit it."""
+    """The prior's parameters in mu's shape, and its dtype or, under autocast, the widest of the
+    three; raises unless they fit.
+    """
     if not isinstance(prior, (tuple, list)) or len(prior) != 2:
         raise TypeError(f"prior must be a pair (mu, logvar) of tensors, got {type(prior).__name__}")
     for name, t in zip(("prior mu", "prior logvar"), prior, strict=True):
         _check_floating(name, t)
-        if t.dtype != mu.dtype:
+        if t.dtype != mu.dtype and not torch.is_autocast_enabled(mu.device.type):
             raise TypeError(f"{name} must have mu's dtype {mu.dtype}, got {t.dtype}")
         if t.device != mu.device:
             raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
         if not _broadcasts(t, mu.shape):
             raise ValueError(f"{name} must broadcast to mu's shape {_shape(mu)}, got {_shape(t)}")
-    return prior[0].expand(mu.shape), prior[1].expand(mu.shape)
+    first, second = (t.expand(mu.shape) for t in prior)
+    if first.dtype == second.dtype == mu.dtype:
+        return first, second
+    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), mu.dtype)
+    return first.to(wide), second.to(wide)
+
+
+def _kl(ops: Ops, mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
+    if prior is not None and (dtype := prior[0].dtype) != mu.dtype:
+        mu, logvar = mu.to(dtype), logvar.to(dtype)
+    return ops.kl_divergence(mu, logvar, prior)
 
 
 def _shape(t: Tensor) -> str:
@@ -381,6 +412,11 @@ def _shape(t: Tensor) -> str:
 
 
 def _check_dense(name: str, t: Tensor) -> None:
+    if type(t) is not Tensor and hasattr(t, "to_local"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local(), and for the "
+            "same noise on any number of ranks seed= and sample_index="
+        )
     if t.layout != torch.strided or t.is_nested:
         kind = "nested" if t.is_nested else t.layout
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
@@ -464,7 +500,7 @@ def _check_count(name: str, value: object, least: int) -> None:
 
 def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
     return t.dim() <= len(shape) and all(
-        a in (1, b) for a, b in zip(reversed(t.shape), reversed(shape), strict=False)
+        a == 1 or a == b for a, b in zip(reversed(t.shape), reversed(shape), strict=False)
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae._backends import _common
-from fastvae._backends._common import Backend, Prior, Terms, in_transform
+from fastvae._backends._common import Backend, Prior, Terms, compute_dtype, in_transform
 from fastvae.likelihoods import Likelihood
 
 
@@ -132,14 +132,20 @@ def elbo(
     reduction: str,
     inplace_backward: bool,
 ) -> tuple[Terms, Tensor]:
-    args = (likelihood.family, likelihood.options, mask, weight)
     if not torch.compiler.is_compiling():
+        args = (likelihood.family, likelihood.options, mask, weight)
         op = _ops.elbo_inplace.default if inplace_backward else _ops.elbo.default
         *terms, rows = op(x, params, kl, *args, beta, reduction)
         return Terms(*terms), rows
-    # Traced, an op's float is a constant: each β of an annealing schedule would compile again.
+    # Traced, an op's float is a constant: each β of an annealing schedule, and for the mean each
+    # batch size, would compile again.
+    if reduction == "mean":
+        mean = kl.new_ones(x.shape[:1], dtype=compute_dtype(kl.dtype)) / max(x.shape[0], 1)
+        weight = mean if weight is None else weight * mean
+        reduction = "sum"
+    args = (likelihood.family, likelihood.options, mask, weight)
     loss, ll, _, rows = _ops.elbo.default(x, params, kl * beta, *args, 1.0, reduction)
     weighted = kl.detach() if weight is None else kl.detach() * weight
-    if reduction != "none":
-        weighted = weighted.sum() / (max(x.shape[0], 1) if reduction == "mean" else 1)
+    if reduction == "sum":
+        weighted = weighted.sum()
     return Terms(loss, ll, weighted.to(loss.dtype)), rows

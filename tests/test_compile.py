@@ -1,0 +1,169 @@
+"""torch.compile of a whole training step, torch.export and AOTInductor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastvae
+from fastvae.likelihoods import Gaussian
+
+
+class VAE(nn.Module):
+    def __init__(self, likelihood: Any = "bernoulli") -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(9, 8), nn.Linear(4, 9)
+        self.criterion = fastvae.ELBOLoss(likelihood)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        recon: Tensor = self.decoder(fastvae.rsample(mu, logvar))
+        return recon
+
+    def forward(self, x: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        z, kl = fastvae.rsample_kl(mu, logvar)
+        loss: Tensor = self.criterion(self.decoder(z), x, kl=kl)
+        return loss
+
+
+class Reconstruct(nn.Module):
+    """What is exported: a model that draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vae = VAE()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vae.reconstruct(x)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+
+
+def step(model: Any, module: nn.Module, x: Tensor, seed: int) -> list[Tensor]:
+    """The loss and every gradient."""
+    torch.manual_seed(seed)
+    module.zero_grad()
+    loss = model(x)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in module.parameters())]
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", Gaussian(logvar="learned")], ids=str)
+def test_a_training_step_compiles_at_most_twice(likelihood: Any) -> None:
+    """Draws, loss and gradients are the uncompiled ones; the second batch size makes it dynamic."""
+    vae = VAE(likelihood)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(vae, fullgraph=True, backend=counter)
+    for seed, batch in enumerate((6, 6, 11, 32, 17, 100)):
+        x = torch.rand(batch, 9)
+        for got, want in zip(step(compiled, vae, x, seed), step(vae, vae, x, seed), strict=True):
+            torch.testing.assert_close(got, want)
+        assert counter.frame_count == (1 if seed < 2 else 2), f"batch {batch} compiled again"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_operator_fixes_the_batch(reduction: str) -> None:
+    """All of them, with every argument, under one dynamic graph."""
+    decoder, prior = nn.Linear(4, 18), [nn.Parameter(torch.randn(4)) for _ in range(2)]
+    leaves = [*decoder.parameters(), *prior]
+
+    def losses(mu: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        z, kl = fastvae.rsample_kl(mu, mu.sin(), prior=(prior[0], prior[1]), num_samples=3)
+        recon = decoder(z).chunk(2, dim=-1)
+        loss = fastvae.elbo_loss(
+            recon, x, kl=kl + fastvae.kl_divergence(mu, mu.cos()), likelihood="gaussian_logvar",
+            beta=0.5, reduction=reduction, sample_weight=weight, mask=x > 0.3,
+        )  # fmt: skip
+        parts = fastvae.log_likelihood(x, recon[0].sigmoid(), "bernoulli_probs").mean(0)
+        return loss.sum() + (parts * weight).sum()
+
+    counter, first = CompileCounterWithBackend("aot_eager"), 0
+    compiled = torch.compile(losses, fullgraph=True, backend=counter, dynamic=True)
+    for batch in (5, 8, 3, 64):
+        mu, x, weight = torch.randn(batch, 4), torch.rand(batch, 9), torch.rand(batch)
+        mu.requires_grad_()
+        results = []
+        for f in (compiled, losses):
+            torch.manual_seed(batch)
+            loss = f(mu, x, weight)
+            results.append((loss, *torch.autograd.grad(loss, [mu, *leaves])))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+        first = first or counter.frame_count  # a float that varies makes torch start over once
+    assert counter.frame_count == first
+
+
+def test_a_seed_is_no_constant_of_the_graph() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    draw = torch.compile(
+        lambda m, seed, index: fastvae.rsample(m, m, seed=seed, sample_index=index),
+        fullgraph=True,
+        backend=counter,
+    )
+    mu, index = torch.zeros(5, 3), torch.tensor([4, 0, 2, 9, 1])
+    for seed in range(1, 9):
+        want = fastvae.rsample(mu, mu, seed=seed, sample_index=index)
+        assert torch.equal(draw(mu, seed, index), want)
+    assert counter.frame_count <= 2
+
+
+def test_compiled_functorch_transforms() -> None:
+    vae, x = VAE(), torch.rand(5, 9)
+
+    def loss(x: Tensor) -> Tensor:
+        return fastvae.log_likelihood(x[None], vae.decoder(x[None, :4])).sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss))
+    got = torch.compile(per_sample, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, per_sample(x))
+
+
+@pytest.fixture(scope="module")
+def exported() -> tuple[Reconstruct, Any]:
+    torch._dynamo.reset()
+    model = Reconstruct()
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    program = torch.export.export(model, (torch.rand(6, 9),), dynamic_shapes={"x": {0: batch}})
+    return model, program
+
+
+def assert_draws_alike(got: Any, want: Any) -> None:
+    for batch in (6, 2, 333):
+        x = torch.rand(batch, 9)
+        results = []
+        for f in (got, want):
+            torch.manual_seed(batch)
+            with torch.no_grad():
+                results.append(f(x))
+        torch.testing.assert_close(*results)
+        with torch.no_grad():
+            assert not torch.equal(got(x), got(x))  # the next call, the next noise
+
+
+def test_export(exported: tuple[Reconstruct, Any], tmp_path: Path) -> None:
+    model, program = exported
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert "fastvae.seed.default" in targets and "fastvae.rsample.default" in targets
+    assert_draws_alike(program.module(), model)
+    torch.export.save(program, tmp_path / "vae.pt2")
+    assert_draws_alike(torch.export.load(tmp_path / "vae.pt2").module(), model)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own use of it
+def test_aot_inductor_package(exported: tuple[Reconstruct, Any], tmp_path: Path) -> None:
+    model, program = exported
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "vae.pt2")
+        )
+    assert_draws_alike(torch._inductor.aoti_load_package(package), model)
