@@ -13,7 +13,7 @@ demo: $(VENV)/built
 	python examples/digits.py
 
 test: $(VENV)/built $(VENV)/triton-3.7.1 $(VENV)/others
-	OLDEST_TRITON=$(abspath $(VENV))/triton-3.7.1 python -m pytest --numprocesses 2 --dist loadgroup
+	OLDEST_TRITON=$(abspath $(VENV))/triton-3.7.1 python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(VENV)/built
 	python -m pytest benchmarks --benchmark-json=benchmarks/last.json

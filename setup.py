@@ -92,6 +92,7 @@ def extension() -> dict:
         "kl_divergence",
         "log_likelihood",
         "elbo",
+        "nonfinite",
         "triton",
         "python",
     ]

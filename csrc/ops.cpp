@@ -30,8 +30,7 @@ TORCH_LIBRARY(fastvae, m) {
       "-> Tensor");
   m.def(
       "log_likelihood_forward(Tensor x, Tensor[] params, str family, float[] options, Tensor? "
-      "mask, "
-      "Tensor? weight, float scale, bool[4] needs) -> (Tensor value, Tensor[] grads)");
+      "mask, Tensor? weight, float scale, bool[4] needs) -> (Tensor value, Tensor[] grads)");
   m.def(
       "elbo(Tensor x, Tensor[] params, Tensor kl, str family, float[] options, Tensor? mask, "
       "Tensor? weight, float beta, str reduction) -> (Tensor loss, Tensor log_likelihood, Tensor "
@@ -44,4 +43,5 @@ TORCH_LIBRARY(fastvae, m) {
   m.def(
       "elbo_reduce(Tensor log_likelihood, Tensor kl, Tensor? weight, float beta, str reduction) "
       "-> (Tensor loss, Tensor log_likelihood_out, Tensor kl_out)");
+  m.def("count_nonfinite(Tensor(a!) state, Tensor rows, Tensor kl, Tensor? weight=None) -> ()");
 }

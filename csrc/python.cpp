@@ -54,11 +54,16 @@ Maybe<Result> sample(py::handle mu, py::handle logvar, py::handle sample_offset)
   int overflow = 0;
   const int64_t offset = PyLong_AsLongLongAndOverflow(sample_offset.ptr(), &overflow);
   if (overflow != 0) return std::nullopt;
-  return attempt<Result>({mu, logvar}, [&] {
+  return attempt<Result>({mu, logvar}, [&]() -> Maybe<Result> {
+    const Tensor &m = tensor(mu), &lv = tensor(logvar);
+    // What would be refused must not move the generator.
+    if (m.dim() == 0 || m.sizes() != lv.sizes() || m.scalar_type() != lv.scalar_type() ||
+        !m.is_floating_point())
+      return std::nullopt;
     static const auto op = typed_op<Result(const Tensor&, const Tensor&, const Tensor&,
                                            std::optional<int64_t>, int64_t, const OptTensor&)>(
         std::is_same_v<Result, Tensor> ? "fastvae::rsample" : "fastvae::rsample_kl");
-    return op.call(tensor(mu), tensor(logvar), draw_seed(tensor(mu)), std::nullopt, offset, {});
+    return op.call(m, lv, draw_seed(m), std::nullopt, offset, {});
   });
 }
 

@@ -37,6 +37,19 @@ Tensor seed_cpu(const Tensor&, std::optional<at::Generator> generator) {
   return seed;
 }
 
+// The stream's elements have 64-bit indices; beyond, rows would share their noise. Another device
+// would have to be waited for.
+void check_range(const Tensor& sample_index, int64_t num_samples, int64_t cols) {
+  if (!sample_index.is_cpu()) return;
+  const int64_t limit =
+      std::numeric_limits<int64_t>::max() / num_samples / std::max<int64_t>(cols, 1);
+  const Tensor index = sample_index.contiguous();
+  const int64_t* row = index.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < index.numel(); ++b)
+    TORCH_CHECK_VALUE(row[b] >= 0 && row[b] < limit, "sample_index must be at least 0 and below ",
+                      limit, ", got ", row[b], " in row ", b);
+}
+
 void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples,
                     int64_t sample_offset, const OptTensor& sample_index) {
   check_device(logvar, "logvar", mu);
@@ -62,6 +75,7 @@ void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, 
                       "sample_index must have shape [", mu.size(0), "], one per sample, got ",
                       sample_index->sizes());
     TORCH_CHECK_VALUE(sample_offset == 0, "give either sample_offset or sample_index, got both");
+    check_range(*sample_index, num_samples, product(mu.sizes().slice(1)));
   }
   int64_t end = 0;  // the stream's indices are 64-bit
   const bool too_far = __builtin_add_overflow(sample_offset, mu.size(0), &end) ||
@@ -71,12 +85,15 @@ void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, 
                     sample_offset, " and ", num_samples);
 }
 
-// For the CPU kernels, which read the seed, and indices that are contiguous.
-Stream stream_of(const Tensor& seed, std::optional<int64_t> num_samples, int64_t sample_offset,
-                 const OptTensor& sample_index) {
-  const int64_t* index = sample_index ? sample_index->const_data_ptr<int64_t>() : nullptr;
+// For the CPU kernels, which read the values; the index is contiguous.
+Stream stream_of(const Tensor& seed, int64_t draws, int64_t sample_offset, const OptTensor& index) {
   const auto key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
-  return {key, num_samples.value_or(1), sample_offset, index};
+  if (!index || index->numel() == 0) return {key, draws, sample_offset, nullptr};
+  const int64_t* row = index->const_data_ptr<int64_t>();
+  bool in_order = true;
+  for (int64_t b = 0; b < index->numel(); ++b) in_order &= row[b] - row[0] == b;
+  if (in_order) return {key, draws, row[0], nullptr};
+  return {key, draws, sample_offset, row};
 }
 
 OptTensor contiguous(const OptTensor& t) { return t ? OptTensor(t->contiguous()) : t; }
@@ -109,7 +126,7 @@ SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& 
     return {z, kl};
   }
   a.use_double = compute == at::kDouble;
-  a.stream = stream_of(seed, num_samples, sample_offset, index);
+  a.stream = stream_of(seed, draws, sample_offset, index);
   a.mu = mu_rows.operand;
   a.logvar = logvar_rows.operand;
   a.z = {z.mutable_data_ptr(), dtype_of(z)};
@@ -186,7 +203,7 @@ std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const
                             grad_logvar.view({a.batch, a.cols}));
     return {grad_mu, grad_logvar};
   }
-  a.stream = stream_of(seed, num_samples, sample_offset, index);
+  a.stream = stream_of(seed, draws, sample_offset, index);
   a.grad_mu = {grad_mu.mutable_data_ptr(), dtype_of(grad_mu)};
   a.grad_logvar = {grad_logvar.mutable_data_ptr(), dtype_of(grad_logvar)};
   kernels().sample_backward(a);

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastvae._backends import eager
 from fastvae._backends._common import compute_dtype
 
 register = torch.library.register_fake
@@ -161,3 +162,12 @@ def _elbo(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = _log_likelihood(x, params, family, options, mask)
     return *_elbo_reduce(rows, kl, weight, beta, reduction), rows
+
+
+@register("fastvae::count_nonfinite")
+def _count_nonfinite(
+    state: Tensor, rows: Tensor, kl: Tensor, weight: Tensor | None = None
+) -> None: ...
+
+
+torch.library.register_kernel("fastvae::count_nonfinite", "cuda", eager.count_nonfinite)

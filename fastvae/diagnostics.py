@@ -1,5 +1,6 @@
-"""What a posterior does with its latents; nothing here waits for the device."""
+"""What a posterior does with its latents, and rows that are not finite."""
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae import functional
-from fastvae._backends import Prior
+from fastvae._backends import Prior, select
 
 
 class Diagnosis(NamedTuple):
@@ -40,7 +41,7 @@ def diagnose(
     """KL per dimension, active units and bits per dimension of a batch, or of a whole data set.
 
     Active units as in Burda, Grosse & Salakhutdinov 2016, section 5.2: latent u is active where
-    Var_x(E_q[u | x]) exceeds the threshold. Not differentiable.
+    Var_x(E_q[u | x]) exceeds the threshold. Not differentiable. Nothing waits for the device.
 
     Args:
         mu, logvar: the encoder's output, [B, *event], B ≥ 1.
@@ -52,7 +53,7 @@ def diagnose(
 
     Raises:
         ValueError, TypeError: as `fastvae.kl_divergence`; an empty batch; one of loss and x
-            without the other.
+            without the other, or of another shape.
     """
     mu, logvar = functional.check_latent(mu, logvar)
     if mu.shape[0] == 0:
@@ -72,55 +73,51 @@ def diagnose(
         kl_per_dim = (sums / mu.shape[0]).view(mu.shape[1:])
         kl = kl_per_dim.sum()
         active = mu.to(kl.dtype).var(0, correction=0) > threshold
-        bits_per_dim = None
-        if loss is not None and x is not None:
-            bits_per_dim = loss.mean() / (math.log(2) * max(x[0].numel(), 1))
         return Diagnosis(
             kl_per_dim=kl_per_dim,
             kl=kl,
             rate_bits_per_dim=kl / (math.log(2) * max(kl_per_dim.numel(), 1)),
             active=active,
             active_units=active.sum(),
-            bits_per_dim=bits_per_dim,
+            bits_per_dim=None if loss is None or x is None else _bits(loss, x, mu),
         )
 
 
-class NonFinite:
-    """Counts rows that are not finite, on the device; read when asked.
+def _bits(loss: Tensor, x: Tensor, mu: Tensor) -> Tensor:
+    for name, t in (("loss", loss), ("x", x)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if not loss.is_floating_point():
+        raise TypeError(f"loss must be floating, got {loss.dtype}")
+    if loss.shape not in ((), mu.shape[:1]):
+        raise ValueError(f"loss must have shape [] or [{mu.shape[0]}], got {list(loss.shape)}")
+    if x.shape[:1] != mu.shape[:1]:
+        raise ValueError(f"x must have mu's batch size {mu.shape[0]}, got {list(x.shape)}")
+    return loss.mean() / (math.log(2) * max(x.shape[1:].numel(), 1))
 
-    For each term: how many rows, and the call and row of the first.
-    """
+
+class NonFinite:
+    """Counts rows that are not finite, on the device; `report` reads them."""
 
     terms = ("log_likelihood", "kl", "sample_weight")
 
     def __init__(self, device: torch.device) -> None:
-        self.count = torch.zeros(len(self.terms), dtype=torch.int64, device=device)
-        self.first = torch.full((len(self.terms), 2), -1, device=device)
-        self.calls = torch.zeros((), dtype=torch.int64, device=device)
-        self.rows = torch.zeros((), dtype=torch.int64, device=device)
+        # One born in inference mode could not be written by a later training step.
+        outside = not torch.compiler.is_compiling()
+        with torch.inference_mode(False) if outside else contextlib.nullcontext():
+            # Of each term, [5, 3]: bad rows, call and row of the first, calls and rows so far.
+            self.state = torch.zeros(5, len(self.terms), dtype=torch.int64, device=device)
 
-    def add(self, *terms: Tensor | None) -> None:
-        """One call's terms, in the order of `terms`: [B] or [K, B], None where not given."""
-        if terms[0] is None or terms[0].shape[-1] == 0:
-            return
-        for i, term in enumerate(terms):
-            if term is None:
-                continue
-            bad = ~term.detach().isfinite()
-            bad = bad.any(0) if bad.dim() == 2 else bad
-            row = bad.to(torch.uint8).argmax()  # of equals, the first
-            new = bad.any() & (self.first[i, 0] < 0)
-            self.first[i] = torch.where(new, torch.stack((self.calls, row)), self.first[i])
-            self.count[i] += bad.sum()
-        self.calls += 1
-        self.rows += terms[0].shape[-1]
+    def add(self, rows: Tensor, kl: Tensor, weight: Tensor | None) -> None:
+        """One call's terms: ln p [B] or [K, B], the KL [B], and the weights [B]."""
+        select("auto", rows.device).count_nonfinite(self.state, rows, kl, weight)
 
-    def report(self) -> str | None:
-        """What was not finite, in words; None if all was. Waits for the device."""
-        count, first = self.count.tolist(), self.first.tolist()
-        found = [
-            f"{name} in {n} of {int(self.rows)} rows, first in call {call}, row {row}"
-            for name, n, (call, row) in zip(self.terms, count, first, strict=True)
-            if n
+    def report(self) -> list[str]:
+        """What was not finite since the last report, in words. Waits for the device."""
+        state = self.state.T.tolist()
+        self.state.zero_()  # in place: a captured CUDA graph goes on writing here
+        return [
+            f"{name} in {count} of {total} rows, first in call {call}, row {row}"
+            for name, (count, call, row, _, total) in zip(self.terms, state, strict=True)
+            if count
         ]
-        return "; ".join(found) or None

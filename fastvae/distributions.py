@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
 
 from fastvae import functional
+from fastvae._backends._common import compute_dtype
 
 
 class DiagonalNormal(Distribution):
@@ -39,8 +41,8 @@ class DiagonalNormal(Distribution):
 
     def __init__(self, mu: Tensor, logvar: Tensor, validate_args: bool | None = None) -> None:
         self.mu, self.logvar = functional.check_latent(mu, logvar)
-        mu = self.mu
-        super().__init__(mu.shape[:1], mu.shape[1:], validate_args=bool(validate_args))
+        shape = self.mu.shape
+        super().__init__(shape[:1], shape[1:], validate_args=bool(validate_args))
 
     @property
     def support(self) -> Any:  # torch's own distributions type it so
@@ -73,7 +75,7 @@ class DiagonalNormal(Distribution):
         if len(batch_shape) != 1:
             raise ValueError(f"batch_shape must have one dimension, got {list(batch_shape)}")
         shape = (*batch_shape, *self.event_shape)
-        return type(self)(self.mu.expand(shape), self.logvar.expand(shape), self._validate_args)
+        return DiagonalNormal(self.mu.expand(shape), self.logvar.expand(shape), self._validate_args)
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:  # type: ignore[override]
         """Draws z, [*sample_shape, B, *event], differentiable; as `fastvae.rsample`."""
@@ -89,7 +91,7 @@ class DiagonalNormal(Distribution):
         """ln q(value) in nats, differentiable in value, mu and logvar.
 
         Args:
-            value: [*sample_shape, B, *event].
+            value: [*sample_shape, B, *event]; its batch and this one's broadcast.
 
         Returns:
             [*sample_shape, B].
@@ -99,22 +101,35 @@ class DiagonalNormal(Distribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        event = len(self.event_shape)
-        if not isinstance(value, Tensor) or value.shape[-event - 1 :] != self.mu.shape:
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(value, Tensor):
+            raise TypeError(f"value must be a tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"value must be floating, got {value.dtype}")
+        event = self.event_shape
+        lead = value.dim() - len(event)
+        batch, own = value.shape[:lead], self.batch_shape
+        fits = lead >= 0 and value.shape[lead:] == event
+        if not fits or not (lead == 0 or batch[-1] == own[0] or 1 in (batch[-1], own[0])):
             raise ValueError(
                 f"value must have shape [*sample_shape, {', '.join(map(str, self.mu.shape))}], "
-                f"got {got}"
+                f"got {list(value.shape)}"
             )
+        batch = torch.broadcast_shapes(batch, own)
+        if 0 in batch:
+            return self.mu.new_empty(batch, dtype=compute_dtype(self.mu.dtype))
         # (z − μ)² does not care which of the two is the data; the parameter may have a dimension
         # of draws that the data has not.
-        draws = value if value.shape == self.mu.shape else value.reshape(-1, *self.mu.shape)
-        ln_q = functional.log_likelihood(self.mu, (draws, self.logvar), "gaussian_logvar")
-        return ln_q.view(value.shape[: value.dim() - event])
+        q = self if batch[-1:] == own else self.expand(batch[-1:])
+        draws = value.expand((*batch, *event))
+        if len(batch) > 1:
+            draws = draws.reshape(batch[:-1].numel(), *q.mu.shape)
+        ln_q = functional.log_likelihood(q.mu, (draws, q.logvar), "gaussian_logvar")
+        return ln_q.view(batch)
 
     def entropy(self) -> Tensor:
         """½ Σ (1 + ln 2π + logvar), [B] in nats."""
-        per_dim = 0.5 * (1 + math.log(2 * math.pi) + self.logvar)
+        logvar = self.logvar.to(compute_dtype(self.logvar.dtype))
+        per_dim = 0.5 * (1 + math.log(2 * math.pi) + logvar)
         return per_dim.flatten(1).sum(1) if per_dim.dim() > 1 else per_dim
 
 
@@ -140,7 +155,8 @@ def from_distribution(q: Distribution | _Posterior) -> DiagonalNormal:
 
     Raises:
         TypeError: q is none of these.
-        ValueError: q has no batch dimension, or an ``Independent`` more than one.
+        ValueError: q has no batch dimension, or an ``Independent`` more than one; a deterministic
+            one of diffusers'.
     """
     if isinstance(q, DiagonalNormal):
         return q
@@ -154,6 +170,8 @@ def from_distribution(q: Distribution | _Posterior) -> DiagonalNormal:
     if isinstance(q, Normal):
         return DiagonalNormal(q.loc, 2 * q.scale.log())
     if isinstance(q, _Posterior) and not isinstance(q, type):
+        if getattr(q, "deterministic", False):
+            raise ValueError("q is deterministic: take its mean, there is nothing to sample")
         return DiagonalNormal(q.mean, q.logvar)
     inside = f" of {type(q.base_dist).__name__}" if isinstance(q, Independent) else ""
     raise TypeError(
@@ -162,40 +180,46 @@ def from_distribution(q: Distribution | _Posterior) -> DiagonalNormal:
     )
 
 
-def _prior(p: Normal | Independent[Any], q: DiagonalNormal) -> tuple[Tensor, Tensor]:
-    if isinstance(p, Independent):
-        if not isinstance(p.base_dist, Normal):
-            raise NotImplementedError(f"no KL of {q} and an Independent of {p.base_dist}")
-        if p.event_shape != q.event_shape:
-            raise ValueError(
-                f"q and p must have the same event_shape, got {list(q.event_shape)} and "
-                f"{list(p.event_shape)}"
-            )
-        p = p.base_dist
-    return p.loc.to(q.mu), 2 * p.scale.to(q.mu).log()
-
-
-@register_kl(DiagonalNormal, DiagonalNormal)
-def _kl_diagonal_diagonal(q: DiagonalNormal, p: DiagonalNormal) -> Tensor:
-    if q.event_shape != p.event_shape:
+def _parameters(
+    d: DiagonalNormal | Normal | Independent[Any], like: DiagonalNormal
+) -> tuple[Tensor, Tensor]:
+    """(mu, logvar) of a distribution whose event is `like`'s."""
+    if not isinstance(d, Normal) and d.event_shape != like.event_shape:
         raise ValueError(
-            f"q and p must have the same event_shape, got {list(q.event_shape)} and "
-            f"{list(p.event_shape)}"
+            f"q and p must have the same event_shape, got {list(d.event_shape)} and "
+            f"{list(like.event_shape)}"
         )
-    return functional.kl_divergence(q.mu, q.logvar, prior=(p.mu, p.logvar))
+    if isinstance(d, DiagonalNormal):
+        return d.mu, d.logvar
+    d = d.base_dist if isinstance(d, Independent) else d
+    if not isinstance(d, Normal):
+        raise NotImplementedError(f"no KL of an Independent of {type(d).__name__} is registered")
+    return _beside(d.loc, like.mu), _beside(2 * d.scale.log(), like.mu)
 
 
-@register_kl(DiagonalNormal, Normal)
-@register_kl(DiagonalNormal, Independent)
-def _kl_diagonal_normal(q: DiagonalNormal, p: Normal | Independent[Any]) -> Tensor:
-    return functional.kl_divergence(q.mu, q.logvar, prior=_prior(p, q))
+def _beside(t: Tensor, like: Tensor) -> Tensor:
+    """A number of the host's without a copy that the device waits for: Normal(0.0, 1.0)."""
+    if t.dim() == 0 and t.device.type == "cpu" and not t.requires_grad:
+        return like.new_full((), t.item()) if like.device.type != "cpu" else t
+    return t
 
 
-@register_kl(Normal, DiagonalNormal)
-@register_kl(Independent, DiagonalNormal)
-def _kl_normal_diagonal(q: Normal | Independent[Any], p: DiagonalNormal) -> Tensor:
-    try:
-        known = from_distribution(q)
-    except TypeError as error:
-        raise NotImplementedError(f"no KL of {q} and {p}") from error
-    return _kl_diagonal_diagonal(known, p)
+def _kl(
+    q: DiagonalNormal | Normal | Independent[Any], p: DiagonalNormal | Normal | Independent[Any]
+) -> Tensor:
+    like = q if isinstance(q, DiagonalNormal) else p
+    assert isinstance(like, DiagonalNormal)
+    # A number takes the others' dtype, a tensor of a wider one makes them wider.
+    every = (*_parameters(q, like), *_parameters(p, like))
+    dtype = functools.reduce(torch.promote_types, {t.dtype for t in every if t.dim() > 0})
+    mu, logvar, *prior = (t.to(dtype) for t in every)
+    shape = torch.broadcast_shapes(*(t.shape for t in every))
+    return functional.kl_divergence(
+        mu.expand(shape), logvar.expand(shape), prior=(prior[0], prior[1])
+    )
+
+
+for _other in (DiagonalNormal, Normal, Independent):
+    register_kl(DiagonalNormal, _other)(_kl)
+    if _other is not DiagonalNormal:
+        register_kl(_other, DiagonalNormal)(_kl)

@@ -17,7 +17,6 @@ from torch.compiler import is_compiling
 
 from fastvae import likelihoods
 from fastvae._backends import Ops, Prior, Terms, cpp, select
-from fastvae._backends._common import readable
 from fastvae.likelihoods import Likelihood
 
 Recon = Tensor | Sequence[Tensor]
@@ -52,9 +51,10 @@ def rsample(
             (which nothing waits for); then no generator is touched.
         sample_offset: the row's index in the stream at which this batch starts, so that parts of a
             batch draw as the whole would under one seed.
-        sample_index: int64, [B], ≥ 0 (checked on CPU): each row's own index in the stream instead,
-            in any order. With `seed`, the noise of a sample then depends on the two alone, however
-            the batch is split over ranks or micro-batches.
+        sample_index: int64, [B], at least 0 and below 2⁶³ / (num_samples · latents), which is
+            checked on CPU: each row's own index in the stream instead, in any order. With `seed`
+            (another one for each call of a step), the noise of a sample then depends on the two,
+            however the batch is split over ranks or micro-batches.
         backend: "auto", "cpp", "triton" or "eager".
 
     Returns:
@@ -364,7 +364,7 @@ def check_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"mu and logvar must have the same shape, got {_shape(mu)} and {_shape(logvar)}"
         )
-    if mu.dtype != logvar.dtype and not torch.is_autocast_enabled(mu.device.type):
+    if mu.dtype != logvar.dtype and not _under_autocast(mu):
         raise TypeError(
             f"mu and logvar must have the same dtype, got {mu.dtype} and {logvar.dtype}"
         )
@@ -388,7 +388,7 @@ def expand_prior(prior: Prior, mu: Tensor) -> Prior:
         raise TypeError(f"prior must be a pair (mu, logvar) of tensors, got {type(prior).__name__}")
     for name, t in zip(("prior mu", "prior logvar"), prior, strict=True):
         _check_floating(name, t)
-        if t.dtype != mu.dtype and not torch.is_autocast_enabled(mu.device.type):
+        if t.dtype != mu.dtype and not _under_autocast(mu):
             raise TypeError(f"{name} must have mu's dtype {mu.dtype}, got {t.dtype}")
         if t.device != mu.device:
             raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
@@ -405,6 +405,11 @@ def _kl(ops: Ops, mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
     if prior is not None and (dtype := prior[0].dtype) != mu.dtype:
         mu, logvar = mu.to(dtype), logvar.to(dtype)
     return ops.kl_divergence(mu, logvar, prior)
+
+
+def _under_autocast(t: Tensor) -> bool:
+    kind = t.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _shape(t: Tensor) -> str:
@@ -453,11 +458,6 @@ def _check_stream(
             f"sample_index must have shape [{mu.shape[0]}], one per sample, "
             f"got {_shape(sample_index)}"
         )
-    if readable(sample_index) and bool((negative := sample_index < 0).any()):
-        row = int(negative.int().argmax())
-        raise ValueError(
-            f"sample_index must be at least 0, got {int(sample_index[row])} in row {row}"
-        )
 
 
 def _seed(
@@ -471,6 +471,8 @@ def _seed(
     if generator is not None:
         raise ValueError("give either generator or seed, got both")
     if not isinstance(seed, Tensor):
+        if isinstance(seed, numbers.Integral) and not isinstance(seed, (int, torch.SymInt)):
+            seed = int(seed)  # numpy's
         _check_count("seed", seed, 0)
         if seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, got {seed}")

@@ -15,7 +15,6 @@ import pytest
 from fastvae.likelihoods import registry
 
 pytest.importorskip("triton", reason="needs Triton")
-pytestmark = pytest.mark.xdist_group("aot")  # compiled once
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("float32", "bfloat16", "float16", "float64")

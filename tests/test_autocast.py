@@ -124,6 +124,11 @@ def test_mixed_dtypes_take_the_wider(device: str, dtype: torch.dtype) -> None:
         z, kl = fastvae.rsample_kl(mu, logvar, seed=1)
         assert z.dtype == torch.float32
         assert torch.equal(z, fastvae.rsample(wide, logvar, seed=1))
+        draws = []  # one seed for each, however many ways were tried
+        for first in (mu, wide):
+            torch.manual_seed(2)
+            draws.append(fastvae.rsample(first, logvar))
+        assert torch.equal(*draws)
         torch.testing.assert_close(kl, fastvae.kl_divergence(wide, logvar))
         with_prior = fastvae.kl_divergence(mu, logvar.to(dtype), prior=prior)
         torch.testing.assert_close(

@@ -119,6 +119,8 @@ SAMPLING = [
     bad(T, "sample_index.*int64.*int32", sample_index=i64(4).int()),
     bad(V, "sample_index.*cpu.*meta", sample_index=i64(4).to("meta")),
     bad(V, "sample_index.*-3.*row 2", sample_index=torch.tensor([0, 5, -3, 1])),
+    bad(V, "sample_index.*below.*row 3", sample_index=torch.tensor([0, 5, 3, 2**61])),
+    bad(V, "sample_index.*below.*row 0", sample_index=i64(4) + 2**58, num_samples=8),
     bad(V, "either sample_offset or sample_index", sample_index=i64(4), sample_offset=2),
     bad(T, "generator.*int", generator=0),
     bad(T, "generator.*str", generator="cpu"),

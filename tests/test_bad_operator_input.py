@@ -56,6 +56,9 @@ RAW_GOOD: dict[str, dict[str, Any]] = {
         "log_likelihood": full(2, 4), "kl": full(4), "weight": full(4), "beta": 1.0,
         "reduction": "sum",
     },
+    "count_nonfinite": {
+        "state": i64(5, 3), "rows": full(2, 4), "kl": full(4), "weight": full(4),
+    },
 }  # fmt: skip
 RAW_LATENT = [
     *shapes("logvar", (4, 5), (3, 6), (4, 1), (1, 6), (6,), (0, 6), (), label="mu"),
@@ -84,6 +87,8 @@ RAW_SEED = [
         bad(T, f"sample_index.*{n}", sample_index=full(4).to(d))
         for d, n in ((torch.float32, "Float"), (torch.int32, "Int"), (torch.bool, "Bool"))
     ),
+    bad(V, "sample_index.*-3 in row 1", sample_index=torch.tensor([0, -3, 1, 2])),
+    bad(V, "sample_index.*below.*row 3", sample_index=torch.tensor([0, 1, 2, 2**62])),
     bad(V, "either sample_offset or sample_index", sample_index=i64(4), sample_offset=2),
     bad(RuntimeError, "'sample_index'", sample_index=[0, 1, 2, 3]),
 ]
@@ -173,6 +178,16 @@ RAW: dict[str, list[Bad]] = {
         *RAW_LOSS,
         *shapes("log_likelihood", (3,), (2, 3), (1, 2, 4), (4, 1), ()),
         bad(T, "log_likelihood.*Long", log_likelihood=i64(4)),
+    ],
+    "count_nonfinite": [
+        *(bad(V, r"state.*\[5, 3\]", state=i64(*s)) for s in ((3, 5), (5,), (), (5, 4))),
+        bad(V, "state.*contiguous", state=i64(3, 5).T),
+        bad(T, "state.*int64.*Float", state=full(5, 3)),
+        *shapes("rows", (), (1, 2, 4)),
+        bad(T, "rows.*Long", rows=i64(4)),
+        *shapes("kl", (3,), (1,), (4, 1), ()),
+        bad(T, "kl.*Long", kl=i64(4)),
+        *RAW_WEIGHT,
     ],
 }
 

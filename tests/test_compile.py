@@ -103,6 +103,44 @@ def test_no_operator_fixes_the_batch(reduction: str) -> None:
     assert counter.frame_count == first
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_two_draws_in_one_graph_differ(backend: str) -> None:
+    """AOTAutograd merges equal calls, and knows of torch's random operators alone."""
+
+    def draws(mu: Tensor) -> Tensor:
+        z, _ = fastvae.rsample_kl(mu, mu)
+        return torch.stack([z, *(fastvae.rsample(mu, mu) for _ in range(2))])
+
+    mu = torch.randn(3, 4).requires_grad_()
+    results = []
+    for f in (torch.compile(draws, fullgraph=True, backend=backend), draws):
+        torch.manual_seed(1)
+        z = f(mu)
+        results.append((z, *torch.autograd.grad(z.square().sum(), mu)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    assert not torch.isclose(z[0], z[1]).any() and not torch.isclose(z[1], z[2]).any()
+
+
+def test_the_losses_own_precision_is_kept() -> None:
+    """What is traced multiplies the KL by β itself."""
+    loss = torch.compile(fastvae.elbo_loss, fullgraph=True, backend="aot_eager")
+    x, recon = torch.rand(3, 5), torch.randn(3, 5)
+    large = torch.full((3,), 60000.0, dtype=torch.float16)
+    for r, kl in ((recon, large), (recon, torch.rand(3).bfloat16()), (recon.double(), large)):
+        for reduction in ("mean", "none"):
+            got = loss(r, x, kl=kl, beta=4.0, reduction=reduction)
+            want = fastvae.elbo_loss(r, x, kl=kl, beta=4.0, reduction=reduction)
+            rtol = 1e-14 if r.dtype == torch.float64 else 2e-7
+            torch.testing.assert_close(got, want, rtol=rtol, atol=0)
+
+
+def test_a_bad_index_is_refused_in_a_compiled_graph_too() -> None:
+    draw = torch.compile(lambda m, i: fastvae.rsample(m, m, seed=1, sample_index=i), fullgraph=True)
+    with pytest.raises(ValueError, match=r"sample_index must be at least 0 .* got -1 in row 1"):
+        draw(torch.zeros(3, 4), torch.tensor([3, -1, 2]))
+
+
 def test_a_seed_is_no_constant_of_the_graph() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     draw = torch.compile(

@@ -90,6 +90,62 @@ def test_an_empty_batch_and_no_grad() -> None:
         loss.check()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_counters_made_in_inference_mode_serve_training(compiled: bool) -> None:
+    """Lightning validates before it trains."""
+    loss = criterion()
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    with torch.inference_mode():
+        run(spoiled((B, D), (2, 0)), torch.zeros(B, D), kl=torch.ones(B))
+    step(run, *GOOD)
+    with pytest.raises(FloatingPointError, match="in 1 of 12 rows, first in call 0, row 2"):
+        loss.check()
+    step(run, *GOOD)
+    loss.check()
+
+
+def test_check_resets_in_place() -> None:
+    """A captured CUDA graph goes on writing to the same memory."""
+    loss = criterion()
+    step(loss, *GOOD)
+    (counter,) = loss._nonfinite.values()
+    before = counter.state.data_ptr()
+    loss.check()
+    assert counter.state.data_ptr() == before and not counter.state.any()
+
+
+def test_the_meta_device_is_not_counted() -> None:
+    loss = criterion()
+    step(loss, spoiled((B, D), (2, 0)), torch.ones(B))
+    meta = torch.ones(B, D, device="meta")
+    loss(meta, meta, kl=torch.ones(B, device="meta"))
+    with pytest.raises(FloatingPointError, match="in 1 of 6 rows"):
+        loss.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("draws", [None, 3])
+def test_the_eager_counter_is_the_kernels(
+    draws: int | None, dtype: torch.dtype, native: None
+) -> None:
+    from fastvae._backends import cpp, eager
+
+    states = [torch.zeros(5, 3, dtype=torch.int64) for _ in range(2)]
+    for call in range(30):
+        size = (call * 7) % 5  # an empty batch among them
+        shape = (size,) if draws is None else (draws, size)
+        terms = []
+        for t in (torch.rand(shape), torch.rand(size), torch.rand(size)):
+            bad = torch.rand(t.shape)
+            t[bad < 0.05], t[bad > 0.97] = torch.nan, -torch.inf
+            terms.append(t.to(dtype))
+        weight = terms[2] if call % 2 else None
+        cpp.count_nonfinite(states[0], terms[0], terms[1], weight)
+        eager.count_nonfinite(states[1], terms[0], terms[1], weight)
+        assert torch.equal(*states)
+    assert states[0][0].all()
+
+
 def test_check_wants_the_option() -> None:
     with pytest.raises(RuntimeError, match="track_nonfinite=True"):
         fastvae.ELBOLoss().check()
@@ -184,6 +240,15 @@ def test_diagnose_refuses() -> None:
         fastvae.diagnose(mu, mu, x=mu)
     with pytest.raises(ValueError, match="together, got loss alone"):
         fastvae.diagnose(mu, mu, loss=torch.zeros(()))
+    with pytest.raises(TypeError, match="loss must be a tensor, got float"):
+        fastvae.diagnose(mu, mu, loss=3.0, x=mu)
+    with pytest.raises(TypeError, match=r"loss must be floating, got torch.int64"):
+        fastvae.diagnose(mu, mu, loss=torch.ones(4, dtype=torch.int64), x=mu)
+    with pytest.raises(ValueError, match=r"loss must have shape \[\] or \[4\], got \[9, 9\]"):
+        fastvae.diagnose(mu, mu, loss=torch.zeros(9, 9), x=mu)
+    for x in (torch.zeros(()), torch.zeros(2, 7)):
+        with pytest.raises(ValueError, match="x must have mu's batch size 4"):
+            fastvae.diagnose(mu, mu, loss=torch.zeros(()), x=x)
     with pytest.raises(ValueError, match=r"same shape, got \[4, 3\] and \[4, 2\]"):
         fastvae.diagnose(mu, mu[:, :2])
     with pytest.raises(ValueError, match="prior mu must broadcast"):

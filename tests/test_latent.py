@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -182,7 +183,7 @@ def test_a_split_batch_draws_as_the_whole(
 
 @samplers
 @pytest.mark.parametrize("num_samples", [None, 1, 3])
-@pytest.mark.parametrize("cols", [13, 64, 1100])
+@pytest.mark.parametrize("cols", [13, 64])
 def test_each_row_draws_the_noise_of_its_index(
     fused: bool, cols: int, num_samples: int | None, backend: str
 ) -> None:
@@ -215,7 +216,7 @@ def test_a_given_seed_is_the_generators(fused: bool, backend: str) -> None:
     torch.manual_seed(SEED)
     seed = torch.randint(2**63 - 1, (1,), device=mu.device)
     state = torch.get_rng_state()
-    for given in (seed, int(seed)):
+    for given in (seed, int(seed), np.int64(int(seed))):
         z = fastvae.rsample(mu, logvar, seed=given, backend=backend)
         assert torch.equal(z, drawn)
     assert torch.equal(torch.get_rng_state(), state)

@@ -37,7 +37,9 @@ def calls_with(seed: Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     needs = [True, True, False, False]
     scalar = torch.zeros((), requires_grad=True)
     index = torch.tensor([9, 2, 2, 2**40, 0])
+    counters = torch.zeros(5, 3, dtype=torch.int64)
     return {
+        "count_nonfinite": (ops.count_nonfinite, (counters, torch.rand(2, 5), kl, weight)),
         "noise": (ops.noise, (seed, [5, 7], 2, 3)),
         "rsample": (ops.rsample, (mu, logvar, seed)),
         "rsample-K": (ops.rsample, (mu, logvar, seed, 3, 2)),

@@ -50,8 +50,7 @@ struct RowwiseArgs {
   unsigned* outside;  // bit j is set where input j leaves its domain
 };
 
-// Which normals: row b is sample `sample_index[b]` of the stream, or without one, `sample_offset` +
-// b.
+// Which normals: row b is sample `sample_index[b]` of the stream, else `sample_offset` + b.
 struct Stream {
   uint64_t seed;
   int64_t num_samples, sample_offset;

@@ -9,8 +9,7 @@ inline namespace CPU_CAPABILITY {
 
 static_assert(tile <= Normals::max_request);
 
-// ε of sample `sample` (of all K·batch, in stream order), columns [col, col + n), in the compute
-// type.
+// ε of elements [index, index + n) of the stream, in the compute type.
 template <class T>
 inline const T* load_noise(Normals& normals, uint64_t index, int64_t n, T* buffer) {
   const float* eps = normals.at(index, n);

@@ -66,6 +66,9 @@ class Ops(Protocol):
         inplace_backward: bool,
     ) -> tuple[Terms, Tensor]:  # and ln p of each row, [B] or [K, B], detached
         ...
+    def count_nonfinite(
+        self, state: Tensor, rows: Tensor, kl: Tensor, weight: Tensor | None
+    ) -> None: ...
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,7 +86,10 @@ def in_transform() -> bool:
 def readable(t: Tensor) -> bool:
     """Whether values may be checked: a read from another device would stall it, and a traced
     tensor has none yet."""
-    return t.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
+    plain = type(t) in (Tensor, torch.nn.Parameter)  # a FakeTensor has no values
+    return (
+        plain and t.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
+    )
 
 
 def draw_seed(mu: Tensor, generator: torch.Generator | None) -> Tensor:

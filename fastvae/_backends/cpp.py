@@ -79,7 +79,10 @@ def draw_seed(mu: Tensor, generator: torch.Generator | None) -> Tensor:
     """The same value as eager's; an op of ours is faster and compiles to the same draws."""
     if in_transform():  # randint obeys vmap's randomness=
         return _common.draw_seed(mu, generator)
-    seed: Tensor = _ops.seed.default(mu, generator)
+    # Compiled, two calls on one tensor would be merged into one draw: AOTAutograd's elimination of
+    # common subexpressions knows of torch's random operators alone. It never merges `empty`.
+    like = torch.empty(0, device=mu.device) if torch.compiler.is_compiling() else mu
+    seed: Tensor = _ops.seed.default(like, generator)
     return seed
 
 
@@ -139,8 +142,9 @@ def elbo(
         return Terms(*terms), rows
     # Traced, an op's float is a constant: each β of an annealing schedule, and for the mean each
     # batch size, would compile again.
+    kl = kl.to(compute_dtype(torch.promote_types(kl.dtype, params[0].dtype)))
     if reduction == "mean":
-        mean = kl.new_ones(x.shape[:1], dtype=compute_dtype(kl.dtype)) / max(x.shape[0], 1)
+        mean = kl.new_ones(x.shape[:1]) / max(x.shape[0], 1)
         weight = mean if weight is None else weight * mean
         reduction = "sum"
     args = (likelihood.family, likelihood.options, mask, weight)
@@ -149,3 +153,7 @@ def elbo(
     if reduction == "sum":
         weighted = weighted.sum()
     return Terms(loss, ll, weighted.to(loss.dtype)), rows
+
+
+def count_nonfinite(state: Tensor, rows: Tensor, kl: Tensor, weight: Tensor | None) -> None:
+    _ops.count_nonfinite.default(state, rows, kl, weight)

@@ -19,6 +19,7 @@ from fastvae._backends._common import (
 from fastvae.likelihoods import Likelihood
 
 __all__ = [
+    "count_nonfinite",
     "draw_seed",
     "elbo",
     "kl_divergence",
@@ -73,6 +74,18 @@ def _noise(
     return normal.view(num_samples, *size)
 
 
+def _check_index(sample_index: Tensor, limit: int) -> None:
+    if not readable(sample_index):
+        return
+    bad = (sample_index < 0) | (sample_index >= limit)
+    if bool(bad.any()):
+        row = int(bad.int().argmax())
+        raise ValueError(
+            f"sample_index must be at least 0 and below {limit}, got {int(sample_index[row])} in "
+            f"row {row}"
+        )
+
+
 def rsample(
     mu: Tensor,
     logvar: Tensor,
@@ -82,6 +95,8 @@ def rsample(
     sample_index: Tensor | None,
 ) -> Tensor:
     dtype = compute_dtype(mu.dtype)
+    if sample_index is not None:
+        _check_index(sample_index, 2**63 // (num_samples or 1) // max(mu.shape[1:].numel(), 1))
     eps = _noise(seed, mu.shape, num_samples or 1, sample_offset, sample_index).to(dtype)
     if num_samples is None:
         eps = eps.squeeze(0)
@@ -171,3 +186,31 @@ def elbo(
         count = max(x.shape[0], 1) if reduction == "mean" else 1
         parts = (parts[0].sum() / count, parts[1].sum() / count, parts[2].sum() / count)
     return Terms(*parts), rows.detach()
+
+
+def count_nonfinite(state: Tensor, rows: Tensor, kl: Tensor, weight: Tensor | None) -> None:
+    """Adds a call to the counters of csrc/nonfinite.cpp. No value is read back."""
+    size = rows.shape[-1]
+    if size == 0:
+        return
+    with torch.no_grad():
+        of_rows = _not_finite(rows)
+        of_rows = of_rows.any(0) if of_rows.dim() == 2 else of_rows
+        of_weight = torch.zeros_like(of_rows) if weight is None else _not_finite(weight)
+        found = torch.stack((of_rows, _not_finite(kl), of_weight))
+        now = found.sum(1)
+        bad, call, row, calls, total = state.unbind()
+        first = (bad == 0) & (now > 0)
+        new = (
+            bad + now,
+            torch.where(first, calls, call),
+            torch.where(first, found.int().argmax(1), row),  # of equals, the first
+            calls + 1,
+            total + size,
+        )
+        state.copy_(torch.stack(new))
+
+
+def _not_finite(t: Tensor) -> Tensor:
+    """isfinite takes four ops; t − t is 0 unless t is NaN or ±inf."""
+    return (t - t) != 0

@@ -71,3 +71,4 @@ rsample_kl = _serving(cpp.rsample_kl)
 kl_divergence = _serving(cpp.kl_divergence)
 log_likelihood = _serving(cpp.log_likelihood)
 elbo = _serving(cpp.elbo)
+count_nonfinite = cpp.count_nonfinite
