@@ -460,9 +460,7 @@ def _check_stream(
         )
 
 
-def _seed(
-    ops: Ops, mu: Tensor, generator: torch.Generator | None, seed: int | Tensor | None
-) -> Tensor:
+def _seed(ops: Ops, mu: Tensor, generator: torch.Generator | None, seed: object) -> Tensor:
     """What the noise is a function of: int64 [1], on mu's device."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
@@ -470,17 +468,18 @@ def _seed(
         return ops.draw_seed(mu, generator)
     if generator is not None:
         raise ValueError("give either generator or seed, got both")
-    if not isinstance(seed, Tensor):
-        if isinstance(seed, numbers.Integral) and not isinstance(seed, (int, torch.SymInt)):
-            seed = int(seed)  # numpy's
-        _check_count("seed", seed, 0)
-        if seed >= 2**63:
-            raise ValueError(f"seed must be below 2^63, got {seed}")
-        return torch.full((1,), seed, dtype=torch.int64, device=mu.device)
-    _check_integers("seed", seed, mu)
-    if seed.numel() != 1:
-        raise ValueError(f"seed must hold one element, got {_shape(seed)}")
-    return seed
+    if isinstance(seed, Tensor):
+        _check_integers("seed", seed, mu)
+        if seed.numel() != 1:
+            raise ValueError(f"seed must hold one element, got {_shape(seed)}")
+        return seed
+    if not isinstance(seed, (int, torch.SymInt)) and isinstance(seed, numbers.Integral):
+        seed = int(seed)  # numpy's
+    _check_count("seed", seed, 0)
+    number = cast(int, seed)
+    if number >= 2**63:
+        raise ValueError(f"seed must be below 2^63, got {number}")
+    return torch.full((1,), number, dtype=torch.int64, device=mu.device)
 
 
 def _check_integers(name: str, t: object, mu: Tensor) -> None:
