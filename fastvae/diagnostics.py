@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvae import functional
 from fastvae._backends import Prior, select
+from fastvae._validation import check_latent, expand_prior
 
 
 class Diagnosis(NamedTuple):
@@ -55,7 +56,7 @@ def diagnose(
         ValueError, TypeError: as `fastvae.kl_divergence`; an empty batch; one of loss and x
             without the other, or of another shape.
     """
-    mu, logvar = functional.check_latent(mu, logvar)
+    mu, logvar = check_latent(mu, logvar)
     if mu.shape[0] == 0:
         raise ValueError(f"mu must hold at least one sample, got {list(mu.shape)}")
     if (loss is None) != (x is None):
@@ -67,7 +68,7 @@ def diagnose(
 
         turned = None
         if prior is not None:
-            prior_mu, prior_logvar = functional.expand_prior(prior, mu)
+            prior_mu, prior_logvar = expand_prior(prior, mu)
             turned = (by_dim(prior_mu), by_dim(prior_logvar))
         sums = functional.kl_divergence(by_dim(mu), by_dim(logvar), prior=turned, backend=backend)
         kl_per_dim = (sums / mu.shape[0]).view(mu.shape[1:])
@@ -108,9 +109,9 @@ class NonFinite:
             # Of each term, [5, 3]: bad rows, call and row of the first, calls and rows so far.
             self.state = torch.zeros(5, len(self.terms), dtype=torch.int64, device=device)
 
-    def add(self, rows: Tensor, kl: Tensor, weight: Tensor | None) -> None:
+    def add(self, rows: Tensor, kl: Tensor, weight: Tensor | None, backend: str) -> None:
         """One call's terms: ln p [B] or [K, B], the KL [B], and the weights [B]."""
-        select("auto", rows.device).count_nonfinite(self.state, rows, kl, weight)
+        select(backend, rows.device).count_nonfinite(self.state, rows, kl, weight)
 
     def report(self) -> list[str]:
         """What was not finite since the last report, in words. Waits for the device."""

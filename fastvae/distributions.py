@@ -12,6 +12,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 
 from fastvae import functional
 from fastvae._backends._common import compute_dtype
+from fastvae._validation import check_latent
 
 
 class DiagonalNormal(Distribution):
@@ -40,7 +41,7 @@ class DiagonalNormal(Distribution):
     has_rsample = True
 
     def __init__(self, mu: Tensor, logvar: Tensor, validate_args: bool | None = None) -> None:
-        self.mu, self.logvar = functional.check_latent(mu, logvar)
+        self.mu, self.logvar = check_latent(mu, logvar)
         shape = self.mu.shape
         super().__init__(shape[:1], shape[1:], validate_args=bool(validate_args))
 

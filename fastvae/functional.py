@@ -5,10 +5,7 @@ float64 is computed and returned in float64; float32, bfloat16 and float16 are c
 and sums come back in float32. Gradients have the dtype of their input.
 """
 
-import math
 import numbers
-import sys
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -17,12 +14,21 @@ from torch.compiler import is_compiling
 
 from fastvae import likelihoods
 from fastvae._backends import Ops, Prior, Terms, cpp, select
+from fastvae._validation import (
+    Recon,
+    check_beta,
+    check_count,
+    check_integers,
+    check_latent,
+    check_mask,
+    check_per_sample,
+    check_recon,
+    check_reduction,
+    check_stream,
+    expand_prior,
+    shape,
+)
 from fastvae.likelihoods import Likelihood
-
-Recon = Tensor | Sequence[Tensor]
-
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 def rsample(
@@ -72,7 +78,7 @@ def rsample(
         if z is not None:
             return z
     mu, logvar = check_latent(mu, logvar)
-    _check_stream(mu, num_samples, sample_offset, sample_index)
+    check_stream(mu, num_samples, sample_offset, sample_index)
     ops = select(backend, mu.device)
     key = _seed(ops, mu, generator, seed)
     return ops.rsample(mu, logvar, key, num_samples, sample_offset, sample_index)
@@ -103,7 +109,7 @@ def rsample_kl(
         if sample is not None:
             return sample
     mu, logvar = check_latent(mu, logvar)
-    _check_stream(mu, num_samples, sample_offset, sample_index)
+    check_stream(mu, num_samples, sample_offset, sample_index)
     expanded = None if prior is None else expand_prior(prior, mu)
     ops = select(backend, mu.device)
     key = _seed(ops, mu, generator, seed)
@@ -169,8 +175,8 @@ def log_likelihood(
         TypeError: wrong types or dtypes.
     """
     family = _family(likelihood)
-    params = _check_recon(x, recon, family)
-    return select(backend, x.device).log_likelihood(x, params, family, _check_mask(mask, x))
+    params = check_recon(x, recon, family)
+    return select(backend, x.device).log_likelihood(x, params, family, check_mask(mask, x))
 
 
 def elbo_loss(
@@ -288,14 +294,14 @@ def evaluate(
         if terms is not None:
             assert kl is not None
             return Terms(*terms[:3]), terms[3], kl
-    params = _check_recon(x, recon, family)
-    mask = _check_mask(mask, x)
-    weight = _check_per_sample("sample_weight", sample_weight, x)
+    params = check_recon(x, recon, family)
+    mask = check_mask(mask, x)
+    weight = check_per_sample("sample_weight", sample_weight, x)
     ops = select(backend, x.device)
     if kl is not None:
         if mu is not None or logvar is not None or prior is not None:
             raise ValueError("give either kl or mu, logvar (and prior), got both")
-        kl = _check_per_sample("kl", kl, x)
+        kl = check_per_sample("kl", kl, x)
     else:
         if mu is None or logvar is None:
             given = " and ".join(n for n, t in (("mu", mu), ("logvar", logvar)) if t is not None)
@@ -303,8 +309,8 @@ def evaluate(
         mu, logvar = check_latent(mu, logvar)
         if mu.shape[0] != x.shape[0] or mu.device != x.device:
             raise ValueError(
-                f"mu and x must agree in batch size and device, got {_shape(mu)} on {mu.device} "
-                f"and {_shape(x)} on {x.device}"
+                f"mu and x must agree in batch size and device, got {shape(mu)} on {mu.device} "
+                f"and {shape(x)} on {x.device}"
             )
         kl = _kl(ops, mu, logvar, None if prior is None else expand_prior(prior, mu))
     assert kl is not None
@@ -326,138 +332,10 @@ def _family(likelihood: str | Likelihood) -> Likelihood:
     return family
 
 
-# --- validation: once ---
-
-
-def check_reduction(reduction: str) -> None:
-    """Raises unless reduction is a known name."""
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-
-
-def check_beta(beta: object) -> float:
-    """Beta; raises unless it is a finite number ≥ 0."""
-    if type(beta) is float and 0.0 <= beta <= sys.float_info.max:
-        return beta
-    if isinstance(beta, torch.SymFloat):
-        return cast(float, beta)
-    if isinstance(beta, bool) or not isinstance(beta, (int, float, numbers.Real)):
-        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-    try:
-        value = float(beta)
-    except OverflowError:
-        value = math.inf
-    if not 0.0 <= value <= sys.float_info.max:
-        raise ValueError(f"beta must be finite and ≥ 0, got {beta}")
-    return value
-
-
-def check_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """The two; raises unless they are dense floating tensors alike, with a batch dimension.
-
-    Under autocast, which gives some ops' outputs in float32 among others', their dtypes may differ:
-    then both come back in the wider one.
-    """
-    _check_floating("mu", mu)
-    _check_floating("logvar", logvar)
-    if mu.shape != logvar.shape:
-        raise ValueError(
-            f"mu and logvar must have the same shape, got {_shape(mu)} and {_shape(logvar)}"
-        )
-    if mu.dtype != logvar.dtype and not _under_autocast(mu):
-        raise TypeError(
-            f"mu and logvar must have the same dtype, got {mu.dtype} and {logvar.dtype}"
-        )
-    if mu.device != logvar.device:
-        raise ValueError(
-            f"mu and logvar must be on the same device, got {mu.device} and {logvar.device}"
-        )
-    if mu.dim() == 0:
-        raise ValueError("mu must have a batch dimension, got []")
-    if mu.dtype == logvar.dtype:
-        return mu, logvar
-    wide = torch.promote_types(mu.dtype, logvar.dtype)
-    return mu.to(wide), logvar.to(wide)
-
-
-def expand_prior(prior: Prior, mu: Tensor) -> Prior:
-    """The prior's parameters in mu's shape, and its dtype or, under autocast, the widest of the
-    three; raises unless they fit.
-    """
-    if not isinstance(prior, (tuple, list)) or len(prior) != 2:
-        raise TypeError(f"prior must be a pair (mu, logvar) of tensors, got {type(prior).__name__}")
-    for name, t in zip(("prior mu", "prior logvar"), prior, strict=True):
-        _check_floating(name, t)
-        if t.dtype != mu.dtype and not _under_autocast(mu):
-            raise TypeError(f"{name} must have mu's dtype {mu.dtype}, got {t.dtype}")
-        if t.device != mu.device:
-            raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
-        if not _broadcasts(t, mu.shape):
-            raise ValueError(f"{name} must broadcast to mu's shape {_shape(mu)}, got {_shape(t)}")
-    first, second = (t.expand(mu.shape) for t in prior)
-    if first.dtype == second.dtype == mu.dtype:
-        return first, second
-    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), mu.dtype)
-    return first.to(wide), second.to(wide)
-
-
 def _kl(ops: Ops, mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
     if prior is not None and (dtype := prior[0].dtype) != mu.dtype:
         mu, logvar = mu.to(dtype), logvar.to(dtype)
     return ops.kl_divergence(mu, logvar, prior)
-
-
-def _under_autocast(t: Tensor) -> bool:
-    kind = t.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _shape(t: Tensor) -> str:
-    return str(list(t.shape))
-
-
-def _check_dense(name: str, t: Tensor) -> None:
-    if type(t) is not Tensor and hasattr(t, "to_local"):
-        raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local(), and for the "
-            "same noise on any number of ranks seed= and sample_index="
-        )
-    if t.layout != torch.strided or t.is_nested:
-        kind = "nested" if t.is_nested else t.layout
-        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
-
-
-def _check_floating(name: str, t: object) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    _check_dense(name, t)
-    if t.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
-
-
-def _check_stream(
-    mu: Tensor, num_samples: int | None, sample_offset: int, sample_index: Tensor | None
-) -> None:
-    if num_samples is not None:
-        _check_count("num_samples", num_samples, 1)
-    _check_count("sample_offset", sample_offset, 0)
-    if num_samples is not None or sample_offset:
-        columns = mu.shape[1:].numel()
-        if (sample_offset + mu.shape[0]) * (num_samples or 1) * columns >= 2**63:
-            raise ValueError(
-                "sample_offset and num_samples must keep the stream below 2^63, got "
-                f"{sample_offset} and {num_samples}"
-            )
-    if sample_index is None:
-        return
-    if sample_offset:
-        raise ValueError("give either sample_offset or sample_index, got both")
-    _check_integers("sample_index", sample_index, mu)
-    if sample_index.shape != mu.shape[:1]:
-        raise ValueError(
-            f"sample_index must have shape [{mu.shape[0]}], one per sample, "
-            f"got {_shape(sample_index)}"
-        )
 
 
 def _seed(ops: Ops, mu: Tensor, generator: torch.Generator | None, seed: object) -> Tensor:
@@ -469,121 +347,14 @@ def _seed(ops: Ops, mu: Tensor, generator: torch.Generator | None, seed: object)
     if generator is not None:
         raise ValueError("give either generator or seed, got both")
     if isinstance(seed, Tensor):
-        _check_integers("seed", seed, mu)
+        check_integers("seed", seed, mu)
         if seed.numel() != 1:
-            raise ValueError(f"seed must hold one element, got {_shape(seed)}")
+            raise ValueError(f"seed must hold one element, got {shape(seed)}")
         return seed
     if not isinstance(seed, (int, torch.SymInt)) and isinstance(seed, numbers.Integral):
         seed = int(seed)  # numpy's
-    _check_count("seed", seed, 0)
+    check_count("seed", seed, 0)
     number = cast(int, seed)
     if number >= 2**63:
         raise ValueError(f"seed must be below 2^63, got {number}")
     return torch.full((1,), number, dtype=torch.int64, device=mu.device)
-
-
-def _check_integers(name: str, t: object, mu: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    _check_dense(name, t)
-    if t.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {t.dtype}")
-    if t.device != mu.device:
-        raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
-    return t.dim() <= len(shape) and all(
-        a == 1 or a == b for a, b in zip(reversed(t.shape), reversed(shape), strict=False)
-    )
-
-
-def _check_recon(x: Tensor, recon: Recon, family: Likelihood) -> tuple[Tensor, ...]:
-    """The formula's parameters, each of the full shape or constant along each row."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    _check_dense("x", x)
-    if x.dtype not in _FLOATING and x.dtype not in (torch.uint8, torch.bool):
-        raise TypeError(f"x must be floating, uint8 or bool, got {x.dtype}")
-    if x.dim() == 0:
-        raise ValueError("x must have a batch dimension, got []")
-    given = (recon,) if isinstance(recon, Tensor) else recon
-    names = family.param_names
-    if not isinstance(given, (tuple, list)):
-        raise TypeError(f"recon must be a tensor or a tuple of them, got {type(recon).__name__}")
-    if len(given) != len(names):
-        raise ValueError(
-            f"recon must hold {', '.join(names)} for {family.family}: {len(names)} expected, "
-            f"got {len(given)}"
-        )
-    for name, t in zip(names, given, strict=True):
-        _check_floating(name, t)
-    first = given[0]
-    if first.shape != x.shape and (first.dim() != x.dim() + 1 or first.shape[1:] != x.shape):
-        raise ValueError(
-            f"x and {names[0]} must have the same shape, the latter with a leading sample "
-            f"dimension if wanted, got x {_shape(x)} and {names[0]} {_shape(first)}"
-        )
-    if first.dim() > x.dim() and first.shape[0] == 0:
-        raise ValueError(f"{names[0]} must hold at least one sample, got {_shape(first)}")
-    params = family.params(tuple(given))
-    if len(params) == 1 and first.device == x.device:  # the common case
-        return params
-    all_names = (*names, *family.own_param_names)
-    for name, t in zip(all_names, params, strict=True):
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
-    rest = zip(all_names[1:], params[1:], strict=True)
-    return (first, *(_fit(name, t, first, x.dim() - 1) for name, t in rest))
-
-
-def _fit(name: str, t: Tensor, first: Tensor, event_dims: int) -> Tensor:
-    """Leaves a parameter that is full or constant along each row; expands any other."""
-    if t.shape == first.shape:
-        return t
-    _check_dense(name, t)
-    if not _broadcasts(t, first.shape):
-        raise ValueError(f"{name} must broadcast to shape {_shape(first)}, got {_shape(t)}")
-    if t.numel() == 1:
-        return t.reshape(())
-    lead = first.dim() - event_dims
-    if (
-        event_dims
-        and t.dim() == first.dim()
-        and t.shape[:lead] == first.shape[:lead]
-        and t.shape[lead:].numel() == 1
-    ):
-        return t
-    return t.expand(first.shape)
-
-
-def _check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, got {kind}")
-    _check_dense("mask", mask)
-    if mask.device != x.device:
-        raise ValueError(f"mask must be on x's device {x.device}, got {mask.device}")
-    if not _broadcasts(mask, x.shape):
-        raise ValueError(f"mask must broadcast to x's shape {_shape(x)}, got {_shape(mask)}")
-    return mask.expand(x.shape)
-
-
-def _check_per_sample(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:
-    if t is None:
-        return None
-    _check_floating(name, t)
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"{name} must have shape [{x.shape[0]}], one per sample, got {_shape(t)}")
-    if t.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
-    return t

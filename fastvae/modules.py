@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from fastvae import likelihoods
 from fastvae._backends import Prior, Terms, check_backend
 from fastvae._backends._common import in_transform
+from fastvae._validation import Recon, check_beta, check_reduction
 from fastvae.diagnostics import NonFinite
-from fastvae.functional import Recon, check_beta, check_reduction, evaluate
+from fastvae.functional import evaluate
 from fastvae.likelihoods import Likelihood
 
 
@@ -92,7 +93,7 @@ class ELBOLoss(nn.Module):
             counter = self._nonfinite.get(rows.device)
             if counter is None:
                 counter = self._nonfinite[rows.device] = NonFinite(rows.device)
-            counter.add(rows, kl_rows, sample_weight)
+            counter.add(rows, kl_rows, sample_weight, self.backend)
         return terms
 
     def check(self) -> None:

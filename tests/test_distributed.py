@@ -44,6 +44,7 @@ def worker(rank: int, rendezvous: str, check: Callable[[int], None]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
     check(rank)
+    dist.barrier()  # none hangs up while another still listens
     dist.destroy_process_group()
 
 

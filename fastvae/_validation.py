@@ -1,0 +1,261 @@
+"""What the public functions check of their arguments, once, before any memory is touched.
+
+An error names the argument, what was expected and what came.
+"""
+
+import math
+import numbers
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastvae._backends import Prior
+from fastvae.likelihoods import Likelihood
+
+Recon = Tensor | Sequence[Tensor]
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises unless reduction is a known name."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+
+
+def check_beta(beta: object) -> float:
+    """Beta; raises unless it is a finite number ≥ 0."""
+    if type(beta) is float and 0.0 <= beta <= sys.float_info.max:
+        return beta
+    if isinstance(beta, torch.SymFloat):
+        return cast(float, beta)
+    if isinstance(beta, bool) or not isinstance(beta, (int, float, numbers.Real)):
+        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+    try:
+        value = float(beta)
+    except OverflowError:
+        value = math.inf
+    if not 0.0 <= value <= sys.float_info.max:
+        raise ValueError(f"beta must be finite and ≥ 0, got {beta}")
+    return value
+
+
+def check_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """The two; raises unless they are dense floating tensors alike, with a batch dimension.
+
+    Under autocast, which gives some ops' outputs in float32 among others', their dtypes may differ:
+    then both come back in the wider one.
+    """
+    check_floating("mu", mu)
+    check_floating("logvar", logvar)
+    if mu.shape != logvar.shape:
+        raise ValueError(
+            f"mu and logvar must have the same shape, got {shape(mu)} and {shape(logvar)}"
+        )
+    if mu.dtype != logvar.dtype and not _under_autocast(mu):
+        raise TypeError(
+            f"mu and logvar must have the same dtype, got {mu.dtype} and {logvar.dtype}"
+        )
+    if mu.device != logvar.device:
+        raise ValueError(
+            f"mu and logvar must be on the same device, got {mu.device} and {logvar.device}"
+        )
+    if mu.dim() == 0:
+        raise ValueError("mu must have a batch dimension, got []")
+    if mu.dtype == logvar.dtype:
+        return mu, logvar
+    wide = torch.promote_types(mu.dtype, logvar.dtype)
+    return mu.to(wide), logvar.to(wide)
+
+
+def expand_prior(prior: Prior, mu: Tensor) -> Prior:
+    """The prior's parameters in mu's shape, and its dtype or, under autocast, the widest of the
+    three; raises unless they fit.
+    """
+    if not isinstance(prior, (tuple, list)) or len(prior) != 2:
+        raise TypeError(f"prior must be a pair (mu, logvar) of tensors, got {type(prior).__name__}")
+    for name, t in zip(("prior mu", "prior logvar"), prior, strict=True):
+        check_floating(name, t)
+        if t.dtype != mu.dtype and not _under_autocast(mu):
+            raise TypeError(f"{name} must have mu's dtype {mu.dtype}, got {t.dtype}")
+        if t.device != mu.device:
+            raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
+        if not _broadcasts(t, mu.shape):
+            raise ValueError(f"{name} must broadcast to mu's shape {shape(mu)}, got {shape(t)}")
+    first, second = (t.expand(mu.shape) for t in prior)
+    if first.dtype == second.dtype == mu.dtype:
+        return first, second
+    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), mu.dtype)
+    return first.to(wide), second.to(wide)
+
+
+def _under_autocast(t: Tensor) -> bool:
+    kind = t.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def shape(t: Tensor) -> str:
+    """Sizes, for a message."""
+    return str(list(t.shape))
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    """Raises unless t is a plain strided tensor."""
+    if type(t) is not Tensor and hasattr(t, "to_local"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local(), and for the "
+            "same noise on any number of ranks seed= and sample_index="
+        )
+    if t.layout != torch.strided or t.is_nested:
+        kind = "nested" if t.is_nested else t.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+
+
+def check_floating(name: str, t: object) -> None:
+    """Raises unless t is a dense floating tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    check_dense(name, t)
+    if t.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+
+
+def check_stream(
+    mu: Tensor, num_samples: int | None, sample_offset: int, sample_index: Tensor | None
+) -> None:
+    """Raises unless the arguments name a stretch of the stream of noise."""
+    if num_samples is not None:
+        check_count("num_samples", num_samples, 1)
+    check_count("sample_offset", sample_offset, 0)
+    if num_samples is not None or sample_offset:
+        columns = mu.shape[1:].numel()
+        if (sample_offset + mu.shape[0]) * (num_samples or 1) * columns >= 2**63:
+            raise ValueError(
+                "sample_offset and num_samples must keep the stream below 2^63, got "
+                f"{sample_offset} and {num_samples}"
+            )
+    if sample_index is None:
+        return
+    if sample_offset:
+        raise ValueError("give either sample_offset or sample_index, got both")
+    check_integers("sample_index", sample_index, mu)
+    if sample_index.shape != mu.shape[:1]:
+        raise ValueError(
+            f"sample_index must have shape [{mu.shape[0]}], one per sample, "
+            f"got {shape(sample_index)}"
+        )
+
+
+def check_integers(name: str, t: object, mu: Tensor) -> None:
+    """Raises unless t is a dense int64 tensor on mu's device."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    check_dense(name, t)
+    if t.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {t.dtype}")
+    if t.device != mu.device:
+        raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raises unless value is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
+    return t.dim() <= len(shape) and all(
+        a == 1 or a == b for a, b in zip(reversed(t.shape), reversed(shape), strict=False)
+    )
+
+
+def check_recon(x: Tensor, recon: Recon, family: Likelihood) -> tuple[Tensor, ...]:
+    """The formula's parameters, each of the full shape or constant along each row."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    check_dense("x", x)
+    if x.dtype not in _FLOATING and x.dtype not in (torch.uint8, torch.bool):
+        raise TypeError(f"x must be floating, uint8 or bool, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("x must have a batch dimension, got []")
+    given = (recon,) if isinstance(recon, Tensor) else recon
+    names = family.param_names
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(f"recon must be a tensor or a tuple of them, got {type(recon).__name__}")
+    if len(given) != len(names):
+        raise ValueError(
+            f"recon must hold {', '.join(names)} for {family.family}: {len(names)} expected, "
+            f"got {len(given)}"
+        )
+    for name, t in zip(names, given, strict=True):
+        check_floating(name, t)
+    first = given[0]
+    if first.shape != x.shape and (first.dim() != x.dim() + 1 or first.shape[1:] != x.shape):
+        raise ValueError(
+            f"x and {names[0]} must have the same shape, the latter with a leading sample "
+            f"dimension if wanted, got x {shape(x)} and {names[0]} {shape(first)}"
+        )
+    if first.dim() > x.dim() and first.shape[0] == 0:
+        raise ValueError(f"{names[0]} must hold at least one sample, got {shape(first)}")
+    params = family.params(tuple(given))
+    if len(params) == 1 and first.device == x.device:  # the common case
+        return params
+    all_names = (*names, *family.own_param_names)
+    for name, t in zip(all_names, params, strict=True):
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    rest = zip(all_names[1:], params[1:], strict=True)
+    return (first, *(_fit(name, t, first, x.dim() - 1) for name, t in rest))
+
+
+def _fit(name: str, t: Tensor, first: Tensor, event_dims: int) -> Tensor:
+    """Leaves a parameter that is full or constant along each row; expands any other."""
+    if t.shape == first.shape:
+        return t
+    check_dense(name, t)
+    if not _broadcasts(t, first.shape):
+        raise ValueError(f"{name} must broadcast to shape {shape(first)}, got {shape(t)}")
+    if t.numel() == 1:
+        return t.reshape(())
+    lead = first.dim() - event_dims
+    if (
+        event_dims
+        and t.dim() == first.dim()
+        and t.shape[:lead] == first.shape[:lead]
+        and t.shape[lead:].numel() == 1
+    ):
+        return t
+    return t.expand(first.shape)
+
+
+def check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask in x's shape; raises unless it is bool and fits."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, got {kind}")
+    check_dense("mask", mask)
+    if mask.device != x.device:
+        raise ValueError(f"mask must be on x's device {x.device}, got {mask.device}")
+    if not _broadcasts(mask, x.shape):
+        raise ValueError(f"mask must broadcast to x's shape {shape(x)}, got {shape(mask)}")
+    return mask.expand(x.shape)
+
+
+def check_per_sample(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:
+    """t; raises unless it has one floating value per sample."""
+    if t is None:
+        return None
+    check_floating(name, t)
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"{name} must have shape [{x.shape[0]}], one per sample, got {shape(t)}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    return t
