@@ -13,20 +13,23 @@ from fastvae._validation import check_latent, expand_prior
 
 
 class Diagnosis(NamedTuple):
-    """What `diagnose` returns; tensors on mu's device."""
+    """What `diagnose` returns; tensors on mu's device.
+
+    Attributes:
+        kl_per_dim: KL of each latent, averaged over the batch, [*event], nats. Near 0: collapsed.
+        kl: their sum, [], nats per sample.
+        kl_bits_per_latent: the same over L ln 2, [], bits per latent element.
+        active: which latents are active, bool, [*event].
+        active_units: how many are, [], int64.
+        bits_per_dim: loss / (D ln 2), [], bits per element of x; None without loss and x.
+    """
 
     kl_per_dim: Tensor
-    """KL of each latent dimension, averaged over the batch, [*event], nats. Near 0: collapsed."""
     kl: Tensor
-    """Their sum: the KL per sample, a scalar, nats."""
-    rate_bits_per_dim: Tensor
-    """The same in bits per latent dimension."""
+    kl_bits_per_latent: Tensor
     active: Tensor
-    """Which latents are active, bool [*event]: Var over the batch of μ above the threshold."""
     active_units: Tensor
-    """How many are, an int64 scalar."""
     bits_per_dim: Tensor | None
-    """The loss in bits per element of x; None where loss and x were not given."""
 
 
 def diagnose(
@@ -47,9 +50,9 @@ def diagnose(
     Args:
         mu, logvar: the encoder's output, [B, *event], B ≥ 1.
         prior: as in `fastvae.kl_divergence`.
-        threshold: of the variance of μ over the batch.
+        threshold: of the variance of μ over the batch (divided by B).
         loss: the negative ELBO of these samples in nats, [] (mean) or [B], with β = 1.
-        x: the data, [B, *event_of_x]; its size per sample is what the loss is divided by.
+        x: the data, [B, *event_of_x]; D, its size per sample, is what the loss is divided by.
         backend: "auto", "cpp", "triton" or "eager".
 
     Raises:
@@ -77,7 +80,7 @@ def diagnose(
         return Diagnosis(
             kl_per_dim=kl_per_dim,
             kl=kl,
-            rate_bits_per_dim=kl / (math.log(2) * max(kl_per_dim.numel(), 1)),
+            kl_bits_per_latent=kl / (math.log(2) * max(kl_per_dim.numel(), 1)),
             active=active,
             active_units=active.sum(),
             bits_per_dim=None if loss is None or x is None else _bits(loss, x, mu),

@@ -54,7 +54,7 @@ def rsample(
         num_samples: K draws for each row, in a leading dimension.
         generator: source of the seed; torch's default one if left out.
         seed: the seed itself, an int in [0, 2⁶³) or an int64 tensor of one element on mu's device
-            (which nothing waits for); then no generator is touched.
+            (any 64 bits, which nothing waits for); then no generator is touched.
         sample_offset: the row's index in the stream at which this batch starts, so that parts of a
             batch draw as the whole would under one seed.
         sample_index: int64, [B], at least 0 and below 2⁶³ / (num_samples · latents), which is
@@ -205,7 +205,7 @@ def elbo_loss(
         recon: the decoder's output, as in `log_likelihood`.
         x: targets, [B, *event].
         mu, logvar: the encoder's output, [B, *latent]; or give `kl` instead.
-        kl: one value per sample, [B], as from `rsample_kl`.
+        kl: one value per sample, [B], as from `rsample_kl`; any estimate will do.
         likelihood: a name or an object.
         beta: factor of the KL, ≥ 0; a number, numpy's too, not a tensor.
         reduction: "mean" over the batch, "sum", or "none" for one value per sample. An empty batch

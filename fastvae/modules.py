@@ -97,13 +97,14 @@ class ELBOLoss(nn.Module):
         return terms
 
     def check(self) -> None:
-        """Raises if a term was not finite since the last check; the one place that waits for the
-        device.
+        """Raises if a log-likelihood, KL or sample_weight was not finite since the last check; the
+        one place that waits for the device.
 
         Calls inside a torch.func transform are not counted; a checkpointed one counts twice.
 
         Raises:
-            FloatingPointError: names each term, how many rows, and the first call and row.
+            FloatingPointError: names each of them, how many rows, and the first call (from 0,
+                since the last check) and row.
             RuntimeError: the loss was made without ``track_nonfinite=True``.
         """
         if not self.track_nonfinite:

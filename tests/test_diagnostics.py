@@ -197,7 +197,7 @@ def test_kl_per_dim(event: tuple[int, ...], with_prior: bool, backend: str) -> N
     torch.testing.assert_close(got.kl_per_dim, want)
     torch.testing.assert_close(got.kl, want.sum())
     dims = max(want.numel(), 1)
-    torch.testing.assert_close(got.rate_bits_per_dim, want.sum() / dims / math.log(2))
+    torch.testing.assert_close(got.kl_bits_per_latent, want.sum() / dims / math.log(2))
     whole = fastvae.kl_divergence(mu, logvar, prior=prior, backend=backend).mean()
     torch.testing.assert_close(got.kl, whole)
 
