@@ -123,7 +123,7 @@ def test_two_draws_in_one_graph_differ(backend: str) -> None:
 
 
 def test_a_given_seed_is_immune_to_other_random_operators() -> None:
-    """Inductor takes from torch's generator for a dropout in its own way, and shifts later seeds."""
+    """Inductor draws for a dropout in its own way, which shifts later seeds."""
 
     def draw(mu: Tensor) -> tuple[Tensor, Tensor]:
         kept = torch.dropout(mu, 0.5, True)
