@@ -39,19 +39,20 @@ Tensor seed_cpu(const Tensor&, std::optional<at::Generator> generator) {
 
 // The stream's elements have 64-bit indices; beyond, rows would share their noise. Another device
 // would have to be waited for.
-void check_range(const Tensor& sample_index, int64_t num_samples, int64_t cols) {
-  if (!sample_index.is_cpu()) return;
+void check_range(const Tensor& index, int64_t num_samples, int64_t cols) {
+  if (!index.is_cpu()) return;
   const int64_t limit =
       std::numeric_limits<int64_t>::max() / num_samples / std::max<int64_t>(cols, 1);
-  const Tensor index = sample_index.contiguous();
   const int64_t* row = index.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < index.numel(); ++b)
     TORCH_CHECK_VALUE(row[b] >= 0 && row[b] < limit, "sample_index must be at least 0 and below ",
                       limit, ", got ", row[b], " in row ", b);
 }
 
-void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples,
-                    int64_t sample_offset, const OptTensor& sample_index) {
+// Returns the index, contiguous.
+OptTensor check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                         int64_t num_samples, int64_t sample_offset,
+                         const OptTensor& sample_index) {
   check_device(logvar, "logvar", mu);
   check_device(seed, "seed", mu);
   check_dense(mu, "mu");
@@ -66,6 +67,7 @@ void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, 
   TORCH_CHECK_VALUE(seed.numel() == 1, "seed must hold one element, got ", seed.sizes());
   TORCH_CHECK_VALUE(num_samples >= 1, "num_samples must be at least 1, got ", num_samples);
   TORCH_CHECK_VALUE(sample_offset >= 0, "sample_offset must be at least 0, got ", sample_offset);
+  OptTensor index;
   if (sample_index) {
     check_device(*sample_index, "sample_index", mu);
     check_dense(*sample_index, "sample_index");
@@ -75,7 +77,8 @@ void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, 
                       "sample_index must have shape [", mu.size(0), "], one per sample, got ",
                       sample_index->sizes());
     TORCH_CHECK_VALUE(sample_offset == 0, "give either sample_offset or sample_index, got both");
-    check_range(*sample_index, num_samples, product(mu.sizes().slice(1)));
+    index = sample_index->contiguous();
+    check_range(*index, num_samples, product(mu.sizes().slice(1)));
   }
   int64_t end = 0;  // the stream's indices are 64-bit
   const bool too_far = __builtin_add_overflow(sample_offset, mu.size(0), &end) ||
@@ -83,6 +86,7 @@ void check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& seed, 
                        __builtin_mul_overflow(end, product(mu.sizes().slice(1)), &end);
   TORCH_CHECK_VALUE(!too_far, "sample_offset and num_samples must keep the stream below 2^63, got ",
                     sample_offset, " and ", num_samples);
+  return index;
 }
 
 // For the CPU kernels, which read the values; the index is contiguous.
@@ -96,8 +100,6 @@ Stream stream_of(const Tensor& seed, int64_t draws, int64_t sample_offset, const
   return {key, draws, sample_offset, row};
 }
 
-OptTensor contiguous(const OptTensor& t) { return t ? OptTensor(t->contiguous()) : t; }
-
 OptTensor defined(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
 
 std::vector<int64_t> sample_sizes(const Tensor& mu, std::optional<int64_t> num_samples) {
@@ -110,8 +112,7 @@ SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& 
                           std::optional<int64_t> num_samples, int64_t sample_offset,
                           const OptTensor& sample_index, bool want_kl) {
   const int64_t draws = num_samples.value_or(1);
-  check_sampling(mu, logvar, seed, draws, sample_offset, sample_index);
-  const OptTensor index = contiguous(sample_index);
+  const OptTensor index = check_sampling(mu, logvar, seed, draws, sample_offset, sample_index);
   const auto compute = compute_type(mu.scalar_type());
   const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
   Tensor z = empty(sample_sizes(mu, num_samples), mu.scalar_type(), mu.device()), kl;
@@ -168,8 +169,7 @@ std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const
                                                   int64_t sample_offset,
                                                   const OptTensor& sample_index) {
   const int64_t draws = num_samples.value_or(1);
-  check_sampling(mu, logvar, seed, draws, sample_offset, sample_index);
-  const OptTensor index = contiguous(sample_index);
+  const OptTensor index = check_sampling(mu, logvar, seed, draws, sample_offset, sample_index);
   SampleBackwardArgs a{};
   a.batch = mu.size(0);
   a.cols = product(mu.sizes().slice(1));

@@ -103,8 +103,10 @@ def shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
-def check_dense(name: str, t: Tensor) -> None:
+def check_dense(name: str, t: object) -> None:
     """Raises unless t is a plain strided tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if type(t) is not Tensor and hasattr(t, "to_local"):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local(), and for the "
@@ -115,10 +117,8 @@ def check_dense(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
 
 
-def check_floating(name: str, t: object) -> None:
+def check_floating(name: str, t: Tensor) -> None:
     """Raises unless t is a dense floating tensor."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     check_dense(name, t)
     if t.dtype not in _FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
@@ -150,10 +150,8 @@ def check_stream(
         )
 
 
-def check_integers(name: str, t: object, mu: Tensor) -> None:
+def check_integers(name: str, t: Tensor, mu: Tensor) -> None:
     """Raises unless t is a dense int64 tensor on mu's device."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     check_dense(name, t)
     if t.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {t.dtype}")
@@ -177,8 +175,6 @@ def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
 
 def check_recon(x: Tensor, recon: Recon, family: Likelihood) -> tuple[Tensor, ...]:
     """The formula's parameters, each of the full shape or constant along each row."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     check_dense("x", x)
     if x.dtype not in _FLOATING and x.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"x must be floating, uint8 or bool, got {x.dtype}")

@@ -200,9 +200,8 @@ def _parameters(
 
 def _beside(t: Tensor, like: Tensor) -> Tensor:
     """A number of the host's without a copy that the device waits for: Normal(0.0, 1.0)."""
-    if t.dim() == 0 and t.device.type == "cpu" and not t.requires_grad:
-        return like.new_full((), t.item()) if like.device.type != "cpu" else t
-    return t
+    number = t.dim() == 0 and t.device.type == "cpu" and not t.requires_grad
+    return like.new_full((), t.item()) if number and like.device.type != "cpu" else t
 
 
 def _kl(

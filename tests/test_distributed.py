@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from model import VAE
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,17 +28,9 @@ pytestmark = [
 RANKS, ROWS = 2, 32
 
 
-class VAE(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(12, 10), nn.Linear(5, 12)
-        self.criterion = fastvae.ELBOLoss(Gaussian(logvar=nn.Parameter(torch.zeros(12))))
-
-    def forward(self, x: Tensor, **noise: Any) -> Tensor:
-        mu, logvar = self.encoder(x).chunk(2, dim=1)
-        z, kl = fastvae.rsample_kl(mu, logvar, **noise)
-        loss: Tensor = self.criterion(self.decoder(z), x, kl=kl)
-        return loss
+def learned() -> Gaussian:
+    """A scale for each pixel, which is a parameter of the criterion."""
+    return Gaussian(logvar=nn.Parameter(torch.zeros(12)))
 
 
 def worker(rank: int, rendezvous: str, check: Callable[[int], None]) -> None:
@@ -62,7 +55,7 @@ def gathered(t: Tensor) -> list[Tensor]:
 def setting(rank: int) -> tuple[VAE, Tensor, Tensor, list[Tensor]]:
     """The model, this rank's rows and their indices, and the gradients of one process."""
     torch.manual_seed(0)
-    vae, x = VAE(), torch.rand(ROWS, 12)
+    vae, x = VAE(learned()), torch.rand(ROWS, 12)
     alone = copy.deepcopy(vae)
     alone(x, seed=7, sample_index=torch.arange(ROWS)).backward()
     rows = torch.arange(rank, ROWS, RANKS)  # as DistributedSampler deals them
@@ -112,7 +105,7 @@ def check_noise(rank: int) -> None:
 
 def check_counters(rank: int) -> None:
     """DDP broadcasts buffers of rank 0; each rank's count of bad rows is its own."""
-    vae = VAE()
+    vae = VAE(learned())
     vae.criterion.track_nonfinite = True
     model = DistributedDataParallel(vae)
     x = torch.rand(6, 12)

@@ -1,6 +1,6 @@
 """The eager backend: plain PyTorch, any device, no compiled code.
 
-It draws the kernels' noise: the same random bits, normals that differ in the last place.
+It draws the kernels' noise: the same random bits, normals that differ by rounding.
 """
 
 import math
@@ -8,26 +8,17 @@ import math
 import torch
 from torch import Tensor
 
+from fastvae._backends import _common
 from fastvae._backends._common import (
     Backend,
     Prior,
     Terms,
     compute_dtype,
-    draw_seed,
     readable,
 )
 from fastvae.likelihoods import Likelihood
 
-__all__ = [
-    "count_nonfinite",
-    "draw_seed",
-    "elbo",
-    "kl_divergence",
-    "log_likelihood",
-    "rsample",
-    "rsample_kl",
-    "status",
-]
+draw_seed = _common.draw_seed
 
 
 def status() -> Backend:
