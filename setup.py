@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -72,15 +73,19 @@ def extension() -> dict:
 
     class Build(BuildExtension):
         def build_extension(self, ext):
-            kernels = [str(ROOT / "csrc/cpu/kernels.cpp")]
-            for isa, flags in ISAS.items():
-                ext.extra_objects += self.compiler.compile(
-                    kernels,
+            def kernels(isa):
+                return self.compiler.compile(
+                    [str(ROOT / "csrc/cpu/kernels.cpp")],
                     output_dir=str(Path(self.build_temp) / isa),
                     include_dirs=ext.include_dirs,
-                    extra_postargs={"cxx": [*FLAGS, f"-DCPU_CAPABILITY={isa}", *flags]},
+                    extra_postargs={"cxx": [*FLAGS, f"-DCPU_CAPABILITY={isa}", *ISAS[isa]]},
                     depends=ext.depends,
                 )
+
+            # Each is one file, that ninja alone would compile after the other.
+            with ThreadPoolExecutor(min(len(ISAS), os.cpu_count() or 1)) as threads:
+                for objects in threads.map(kernels, ISAS):
+                    ext.extra_objects += objects
             super().build_extension(ext)
 
     sources = [

@@ -244,6 +244,40 @@ def test_nan_logit_makes_its_row_nan(backend: str) -> None:
     assert value.isnan().tolist() == [False, True, False]
 
 
+@families
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32], ids=["x_bf16", "x_f32"])
+def test_bfloat16_gradients_are_float32_ones_rounded(
+    family: Family, x_dtype: torch.dtype, native: None
+) -> None:
+    """To the bit, at every position in a group of vectors, also where one is cut off."""
+    for columns in (*range(1, 70), 1023, 1025, 1041):
+        x, *params = family.inputs((3, columns), torch.bfloat16)
+        if any(p.shape != x.shape for p in params):
+            return  # one value a row: its gradient is a sum
+        x = x.to(x_dtype)
+        value, grads = run(ours(family, "cpp"), [x, *params])
+        wide_value, wide = run(ours(family, "cpp"), [t.float() for t in (x, *params)])
+        torch.testing.assert_close(value, wide_value, rtol=1e-6, atol=1e-4)
+        for j, (narrow, exact) in enumerate(zip(grads, wide, strict=True)):
+            assert torch.equal(narrow, exact.to(narrow.dtype)), (columns, j)
+
+
+def test_bfloat16_gradients_keep_every_nan(native: None) -> None:
+    """Rounding adds to the bits: those of a NaN must not overflow into a zero."""
+    bits = torch.tensor([0x7FFF, 0x7F81, 0x7FC0, 0xFFFF, 0xFF81], dtype=torch.int32)
+    nans = bits.to(torch.int16).view(torch.bfloat16).repeat(7)
+    for x in (torch.zeros(1, 35, dtype=torch.bfloat16), torch.zeros(1, 35)):
+        mean = nans[None].clone().requires_grad_()
+        fastvae.log_likelihood(x, mean, "gaussian", backend="cpp").sum().backward()
+        assert mean.grad is not None
+        assert mean.grad.isnan().all()
+    mean = torch.zeros(1, 35, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.full((1, 35), -1, dtype=torch.int32).view(torch.float32)  # a NaN of ones alone
+    fastvae.log_likelihood(x, mean, "gaussian", backend="cpp").sum().backward()
+    assert mean.grad is not None
+    assert mean.grad.isnan().all()
+
+
 # --------------------------------------------------------------------------------------- autograd
 
 

@@ -1,13 +1,12 @@
 // The only loop over elements of a likelihood: load, formula, mask, reduce along the row, store.
 //
-// A row is taken in tiles that fit the L1 cache. Inputs already in the compute type are read where
-// they lie; others (half precision, uint8, a constant per row) are staged in a tile-sized buffer,
-// so that one instantiation per formula and compute type serves every dtype.
+// A row is taken in tiles that fit the L1 cache. Inputs in the compute type, or all in bfloat16,
+// are read where they lie; others (float16, uint8, a constant per row) are staged in a tile-sized
+// buffer, so that few instantiations serve every dtype.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include "kernels.h"
+#include "parallel.h"
 #include "vec.h"
 
 #include "../formulas/all.h"
@@ -19,12 +18,6 @@ constexpr int64_t tile = 1024;
 static_assert(row_chunk % tile == 0);
 // How many elements ahead inputs are fetched: the hardware's prefetcher stops at each page's end.
 constexpr int64_t ahead = 512;
-// Elements below which a second thread costs more than it brings (about 5 µs to wake one).
-constexpr int64_t grain_elements = 8192;
-
-inline int64_t grain(int64_t elements_per_unit) {
-  return elements_per_unit >= grain_elements ? 1 : grain_elements / (elements_per_unit + 1) + 1;
-}
 
 template <class Fn>
 inline void with_dtype(DType dtype, Fn&& fn) {
@@ -43,7 +36,9 @@ inline void with_dtype(DType dtype, Fn&& fn) {
 }
 
 template <class T>
-constexpr DType dtype_of = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+constexpr DType dtype_of = std::is_same_v<T, double>  ? DType::f64
+                           : std::is_same_v<T, float> ? DType::f32
+                                                      : DType::bf16;
 
 // buffer = source in the compute type. ATen's own conversion is scalar from 16-bit types.
 template <class T, class S>
@@ -66,30 +61,31 @@ inline void widen(const S* source, int64_t n, T* buffer) {
 
 // Calls body(i, count) for each vector of [0, n). The count is a constant but for the last one,
 // which may be partial.
-template <class T, class Body>
+template <class T, class S = T, class Body>
 FASTVAE_INLINE void for_vectors(int64_t n, Body&& body) {
-  constexpr int64_t width = Vec<T>::size();
+  constexpr int64_t width = parts<T, S> * Vec<T>::size();
   const int64_t whole = n - n % width;
   for (int64_t i = 0; i < whole; i += width) body(i, std::integral_constant<int64_t, width>{});
   if (whole < n) body(whole, n - whole);
 }
 
-// Elements [col, col + n) of row `row` in the compute type: in place where possible, else in
-// `buffer`.
+// Elements [col, col + n) of row `row` as T: in place where possible, else in `buffer`.
 template <class T>
 inline const T* load_tile(const Operand& x, int64_t row, int64_t col, int64_t n, T* buffer) {
   const int64_t start = (row % x.period) * x.row_stride + (x.per_row ? 0 : col);
   if (x.dtype == dtype_of<T> && !x.per_row) return static_cast<const T*>(x.data) + start;
-  with_dtype(x.dtype, [&](auto s) {
-    using S = decltype(s);
-    const S* source = static_cast<const S*>(x.data) + start;
-    if (x.per_row) {
-      const T value = static_cast<T>(*source);
-      for (int64_t i = 0; i < n; ++i) buffer[i] = value;
-    } else {
-      widen(source, n, buffer);
-    }
-  });
+  if constexpr (std::is_floating_point_v<T>) {
+    with_dtype(x.dtype, [&](auto s) {
+      using S = decltype(s);
+      const S* source = static_cast<const S*>(x.data) + start;
+      if (x.per_row) {
+        const T value = static_cast<T>(*source);
+        for (int64_t i = 0; i < n; ++i) buffer[i] = value;
+      } else {
+        widen(source, n, buffer);
+      }
+    });
+  }
   return buffer;
 }
 
@@ -101,11 +97,13 @@ inline T* output_tile(const Output& y, int64_t start, T* buffer) {
 
 template <class T>
 inline void store_tile(const Output& y, int64_t start, int64_t n, const T* values) {
-  if (y.dtype == dtype_of<T>) return;
-  with_dtype(y.dtype, [&](auto s) {
-    using S = decltype(s);
-    at::vec::convert<T, S>(values, static_cast<S*>(y.data) + start, n);
-  });
+  if constexpr (std::is_floating_point_v<T>) {
+    if (y.dtype == dtype_of<T>) return;
+    with_dtype(y.dtype, [&](auto s) {
+      using S = decltype(s);
+      at::vec::convert<T, S>(values, static_cast<S*>(y.data) + start, n);
+    });
+  }
 }
 
 // Sums vectors: at most 32 of them in the compute type, then in double lanes, in a fixed order.
@@ -115,9 +113,9 @@ class Sum {
   static constexpr int64_t width = V::size();
 
  public:
-  // Elements that may be added before a flush(), and before a flush_odds(): the product of 96
+  // Elements that may be added before a flush(), and before a flush_odds(): the product of 126
   // factors in [1, 2] is finite, and a logarithm costs as much as three vectors of the formula.
-  static constexpr int64_t run = 32 * width, odds_run = 3 * run;
+  static constexpr int64_t run = 32 * width, odds_run = 126 * width;
 
   FASTVAE_INLINE void add(const V& v) { sum_ = sum_ + v; }
   // Subtracts ln(1 + odds): 1 + odds multiplies a product, of which only what exceeds 1 is kept,
@@ -151,16 +149,16 @@ class Sum {
 };
 
 // Like for_vectors, with a Sum as third argument, whose total is returned.
-template <class T, class Body>
+template <class T, class S = T, class Body>
 FASTVAE_INLINE double sum_vectors(int64_t n, Body&& body) {
   Sum<T> sum;
   for (int64_t first = 0; first < n;) {
-    for (const int64_t end = std::min(n, first + Sum<T>::odds_run); first < end;
-         first += Sum<T>::run) {
-      for_vectors<T>(std::min(end - first, Sum<T>::run),
-                     [&](int64_t i, auto count)
-                         __attribute__((always_inline)) { body(first + i, count, sum); });
+    for (const int64_t end = std::min(n, first + Sum<T>::odds_run); first < end;) {
+      const int64_t count = std::min(end - first, Sum<T>::run);
+      for_vectors<T, S>(count, [&](int64_t i, auto size)
+                                   __attribute__((always_inline)) { body(first + i, size, sum); });
       sum.flush();
+      first += count;
     }
     sum.flush_odds();
   }
@@ -184,70 +182,95 @@ consteval unsigned units() {
 }
 
 // Whether all n values are in [0, 1].
-template <class T>
-inline bool in_unit(const T* x, int64_t n, const T* mask) {
+template <class T, class S>
+inline bool in_unit(const S* x, int64_t n, const T* mask) {
   for (int64_t i = 0; i < n; ++i)
-    if (!(x[i] >= T(0) && x[i] <= T(1)) && !(mask && mask[i] == T(0))) return false;
+    if (!(x[i] >= S(0) && x[i] <= S(1)) && !(mask && mask[i] == T(0))) return false;
   return true;
 }
+
+// Where a tile's inputs and wanted gradients are; others are null. The first parameter is param[1],
+// as in a formula's list of inputs.
+template <class F, class X, class S>
+struct Pointers {
+  const X* x;
+  X* dx;
+  const S* param[F::inputs];
+  S* dparam[F::inputs];
+};
 
 // One tile: returns Σ value, writes scale · gradient where grad[j] is wanted, flags inputs outside
 // their domain. A partial vector is loaded with zeros behind it, which lie in every domain; what it
 // adds to the sum is cut off.
-template <class F, class T, bool Grad, bool Masked>
-inline double formula_tile(const T* const (&in)[F::inputs], const T* mask,
-                           T* const (&grad)[F::inputs], int64_t n, const Vec<T>* options, T scale,
-                           unsigned& outside) {
+template <class F, class T, class X, class S, bool Grad, bool Masked>
+inline double formula_tile(const Pointers<F, X, S>& t, const T* mask, int64_t n,
+                           const Vec<T>* options, T scale, unsigned& outside) {
   using V = Vec<T>;
+  constexpr int P = parts<T, S>;
   const V zero(T(0)), factor(scale);
   constexpr unsigned unit_inputs = units<F>();
   InUnit<V> inside[F::inputs];
-  const T* from[F::inputs];  // copies: a store of floats could change what `in` refers to
-  T* to[F::inputs];
-  std::copy_n(in, F::inputs, from);
-  std::copy_n(grad, F::inputs, to);
+  const Pointers<F, X, S> at = t;  // a copy: a store of floats could change what `t` refers to
 
   const double total =
-      sum_vectors<T>(n, [&](int64_t i, auto count, Sum<T>& sum) __attribute__((always_inline)) {
-        V x[F::inputs];
+      sum_vectors<T, S>(n, [&](int64_t i, auto count, Sum<T>& sum) __attribute__((always_inline)) {
+        V in[F::inputs][P], grad[F::inputs][P];
+        load(at.x + i, count, in[0]);
+        for (int j = 1; j < F::inputs; ++j) load(at.param[j] + i, count, in[j]);
+        __builtin_prefetch(at.x + i + ahead, 0, 2);
+        for (int j = 1; j < F::inputs; ++j) __builtin_prefetch(at.param[j] + i + ahead, 0, 2);
         Mask<V> drop;
-        for (int j = 0; j < F::inputs; ++j) x[j] = V::loadu(from[j] + i, count);
-        for (int j = 0; j < F::inputs; ++j) __builtin_prefetch(from[j] + i + ahead, 0, 2);
-        if constexpr (Masked) {  // zeroed before the formula for the domain's sake, after it for
-                                 // the value's
-          drop = equal(V::loadu(mask + i, count), zero);
-          for (V& v : x) v = select(drop, zero, v);
-        }
-        for (int j = 0; j < F::inputs; ++j)
-          if (unit_inputs >> j & 1) inside[j].add(x[j]);
-        const auto r = F::template eval<V>(x, options);
-        if constexpr (Grad) {
+        if constexpr (Masked) drop = equal(V::loadu(mask + i, count), zero);
+        for (int p = 0; p < P; ++p) {
+          V v[F::inputs];
           for (int j = 0; j < F::inputs; ++j) {
-            if (!to[j]) continue;
-            V g = factor * r.grad[j];
-            if constexpr (Masked) g = select(drop, zero, g);
-            g.store(to[j] + i, count);
+            v[j] = in[j][p];
+            // Zeroed before the formula for the domain's sake, after it for the value's.
+            if constexpr (Masked) v[j] = select(drop, zero, v[j]);
+            if (unit_inputs >> j & 1) inside[j].add(v[j]);
           }
+          const auto r = F::template eval<V>(v, options);
+          for (int j = 0; j < F::inputs; ++j) grad[j][p] = r.grad[j];
+          V value = r.value, odds = r.odds;
+          if constexpr (Masked) value = select(drop, zero, value), odds = select(drop, zero, odds);
+          if constexpr (std::is_same_v<decltype(count), int64_t>) {
+            const int64_t some = in_part<P>(count, p);
+            value = V::set(zero, value, some), odds = V::set(zero, odds, some);
+          }
+          sum.add(value);
+          if constexpr (requires { F::log_odds; }) sum.subtract_log1p(odds);
         }
-        V value = r.value, odds = r.odds;
-        if constexpr (Masked) value = select(drop, zero, value), odds = select(drop, zero, odds);
-        if constexpr (std::is_same_v<decltype(count), int64_t>)
-          value = V::set(zero, value, count), odds = V::set(zero, odds, count);
-        sum.add(value);
-        if constexpr (requires { F::log_odds; }) sum.subtract_log1p(odds);
+        for (int j = 0; Grad && j < F::inputs; ++j) {
+          if (!(j == 0 ? static_cast<const void*>(at.dx) : at.dparam[j])) continue;
+          for (V& v : grad[j]) {
+            v = factor * v;
+            if constexpr (Masked) v = select(drop, zero, v);
+          }
+          j == 0 ? store(grad[j], at.dx + i, count) : store(grad[j], at.dparam[j] + i, count);
+        }
       });
 
   for (int j = 0; j < F::inputs; ++j)
-    if (unit_inputs >> j & 1 && !inside[j].all() && !in_unit(in[j], n, mask)) outside |= 1u << j;
+    if (unit_inputs >> j & 1 && !inside[j].all() &&
+        !(j == 0 ? in_unit(t.x, n, mask) : in_unit(t.param[j], n, mask)))
+      outside |= 1u << j;
   return total;
 }
 
-template <class F, class T, bool Grad, bool Masked>
+template <class S>
+inline S* gradient_tile(const RowwiseArgs& a, int j, int64_t start, S* buffer) {
+  if (a.sum_grad[j]) return buffer;
+  return a.grad[j].data ? output_tile(a.grad[j], start, buffer) : nullptr;
+}
+
+// Units [begin, end). X is how x and its gradient are read and written, S how the parameters and
+// theirs: T, then staged where they are something else, or bfloat16.
+template <class F, class T, class X, class S, bool Grad, bool Masked>
 inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsigned& outside) {
   using V = Vec<T>;
   const int64_t per_row = chunks(a.cols);
-  alignas(64) T in_buffer[F::inputs][tile];
-  alignas(64) T grad_buffer[F::inputs][tile];
+  alignas(64) X x_buffer[tile], dx_buffer[tile];
+  alignas(64) S buffer[F::inputs][tile], grad_buffer[F::inputs][tile];
   alignas(64) T mask_buffer[tile];
   V options[max_options];
   for (int k = 0; k < max_options; ++k) options[k] = num<V>(a.options[k]);
@@ -261,49 +284,69 @@ inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsi
     double sums[1 + max_inputs] = {};
     for (int64_t col = first; col < last; col += tile) {
       const int64_t n = std::min(tile, last - col), start = row * a.cols + col;
-      const T* in[F::inputs];
-      T* grad[F::inputs] = {};
-      for (int j = 0; j < F::inputs; ++j) {
-        in[j] = load_tile(a.in[j], row, col, n, in_buffer[j]);
-        if (!Grad) continue;
-        if (a.sum_grad[j]) grad[j] = grad_buffer[j];
-        if (a.grad[j].data) grad[j] = output_tile(a.grad[j], start, grad_buffer[j]);
-      }
       const T* mask = Masked ? load_tile(a.mask, row, col, n, mask_buffer) : nullptr;
-      sums[0] += formula_tile<F, T, Grad, Masked>(in, mask, grad, n, options, static_cast<T>(scale),
-                                                  outside);
-      for (int j = 0; Grad && j < F::inputs; ++j) {
-        if (!grad[j]) continue;
-        if (a.sum_grad[j])
-          sums[1 + j] += sum_of(grad[j], n);
-        else
-          store_tile(a.grad[j], start, n, grad[j]);
+      Pointers<F, X, S> t{};
+      t.x = load_tile(a.in[0], row, col, n, x_buffer);
+      if (Grad) t.dx = gradient_tile(a, 0, start, dx_buffer);
+      for (int j = 1; j < F::inputs; ++j) {
+        t.param[j] = load_tile(a.in[j], row, col, n, buffer[j]);
+        if (Grad) t.dparam[j] = gradient_tile(a, j, start, grad_buffer[j]);
+      }
+      sums[0] += formula_tile<F, T, X, S, Grad, Masked>(t, mask, n, options, static_cast<T>(scale),
+                                                        outside);
+      if (Grad && t.dx) store_tile(a.grad[0], start, n, t.dx);
+      for (int j = 1; Grad && j < F::inputs; ++j) {
+        if (!t.dparam[j]) continue;
+        if constexpr (std::is_same_v<S, T>)
+          if (a.sum_grad[j]) {
+            sums[1 + j] += sum_of(t.dparam[j], n);
+            continue;
+          }
+        store_tile(a.grad[j], start, n, t.dparam[j]);
       }
     }
     std::memcpy(a.sums + unit * (1 + max_inputs), sums, sizeof sums);
   }
 }
 
-template <class F, class T>
-inline void rowwise_formula(const RowwiseArgs& a) {
-  const int64_t units = a.rows * chunks(a.cols);
-  at::parallel_for(0, units, grain(std::min(a.cols, row_chunk)), [&](int64_t begin, int64_t end) {
+// Whether the parameters and their gradients are dense and of that dtype.
+template <class F>
+inline bool params_are(DType dtype, const RowwiseArgs& a) {
+  for (int j = 1; j < F::inputs; ++j)
+    if (a.in[j].dtype != dtype || a.in[j].per_row || a.sum_grad[j]) return false;
+  return true;
+}
+
+template <class F, class T, class X, class S, bool Masked>
+inline void rowwise_stored(const RowwiseArgs& a) {
+  const auto range = a.want_grad ? rowwise_range<F, T, X, S, true, Masked>
+                                 : rowwise_range<F, T, X, S, false, Masked>;
+  parallel_units(a.rows * chunks(a.cols), std::min(a.cols, row_chunk), [&](auto&& ranges) {
     unsigned outside = 0;
-    if (a.mask.data)
-      a.want_grad ? rowwise_range<F, T, true, true>(a, begin, end, outside)
-                  : rowwise_range<F, T, false, true>(a, begin, end, outside);
-    else
-      a.want_grad ? rowwise_range<F, T, true, false>(a, begin, end, outside)
-                  : rowwise_range<F, T, false, false>(a, begin, end, outside);
+    ranges([&](int64_t begin, int64_t end) { range(a, begin, end, outside); });
     if (outside) __atomic_fetch_or(a.outside, outside, __ATOMIC_RELAXED);
   });
 }
 
+template <class F>
+inline void rowwise_formula(const RowwiseArgs& a) {
+  using Half = c10::BFloat16;
+  const bool masked = a.mask.data;
+  if (a.use_double)
+    masked ? rowwise_stored<F, double, double, double, true>(a)
+           : rowwise_stored<F, double, double, double, false>(a);
+  else if (masked)
+    rowwise_stored<F, float, float, float, true>(a);
+  else if (!params_are<F>(DType::bf16, a))
+    rowwise_stored<F, float, float, float, false>(a);
+  else if (a.in[0].dtype == DType::bf16 && !a.in[0].per_row)
+    rowwise_stored<F, float, Half, Half, false>(a);
+  else
+    rowwise_stored<F, float, float, Half, false>(a);
+}
+
 inline void rowwise(const RowwiseArgs& a) {
-  with_formula(a.family, [&](auto formula) {
-    using F = decltype(formula);
-    a.use_double ? rowwise_formula<F, double>(a) : rowwise_formula<F, float>(a);
-  });
+  with_formula(a.family, [&](auto formula) { rowwise_formula<decltype(formula)>(a); });
 }
 
 }  // namespace CPU_CAPABILITY

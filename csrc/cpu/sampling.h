@@ -42,18 +42,20 @@ inline void for_tiles(const Args& a, bool dense, Body&& body) {
   const int64_t rows = whole ? tile / a.cols : 1;  // per unit
   const int64_t units = whole ? (a.batch + rows - 1) / rows : a.batch * per_row;
   const int64_t work = std::min(rows * a.cols, row_chunk) * s.num_samples;
-  at::parallel_for(0, units, grain(work), [&](int64_t begin, int64_t end) {
+  parallel_units(units, work, [&](auto&& ranges) {
     Normals normals(s.seed, /*in_order=*/!s.sample_index);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      if (whole) {
-        body(normals, Tile{unit * rows, std::min(rows, a.batch - unit * rows), 0, a.cols});
-        continue;
+    ranges([&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        if (whole) {
+          body(normals, Tile{unit * rows, std::min(rows, a.batch - unit * rows), 0, a.cols});
+          continue;
+        }
+        const int64_t b = unit / per_row, first = unit % per_row * row_chunk;
+        const int64_t last = std::min(a.cols, first + row_chunk);
+        for (int64_t col = first; col < last; col += tile)
+          body(normals, Tile{b, 1, col, std::min(tile, last - col)});
       }
-      const int64_t b = unit / per_row, first = unit % per_row * row_chunk;
-      const int64_t last = std::min(a.cols, first + row_chunk);
-      for (int64_t col = first; col < last; col += tile)
-        body(normals, Tile{b, 1, col, std::min(tile, last - col)});
-    }
+    });
   });
 }
 
