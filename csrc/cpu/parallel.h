@@ -55,13 +55,14 @@ class Shares {
 // units that fall to it. Between them they cover [0, units).
 template <class Worker>
 inline void parallel_units(int64_t units, int64_t elements_per_unit, Worker&& worker) {
-  const int64_t grain = grain_elements / (elements_per_unit + 1) + 1;
+  const auto units_of = [&](int64_t elements) { return elements / (elements_per_unit + 1) + 1; };
+  const int64_t grain = units_of(grain_elements);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (units + grain - 1) / grain);
   if (threads <= 1 || at::in_parallel_region()) {
     worker([&](auto&& body) { body(int64_t{0}, units); });
     return;
   }
-  Shares shares(units, threads, block_elements / (elements_per_unit + 1) + 1);
+  Shares shares(units, threads, units_of(block_elements));
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
     worker([&](auto&& body) { shares.work(begin, body); });
   });

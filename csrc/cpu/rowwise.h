@@ -1,13 +1,13 @@
 // The only loop over elements of a likelihood: load, formula, mask, reduce along the row, store.
 //
-// A row is taken in tiles that fit the L1 cache. Inputs in the compute type, or all in bfloat16,
-// are read where they lie; others (float16, uint8, a constant per row) are staged in a tile-sized
-// buffer, so that few instantiations serve every dtype.
+// A row is taken in tiles that fit the L1 cache. Inputs in the compute type, and parameters in
+// bfloat16, are read where they lie; others (float16, uint8, a constant per row) are staged in a
+// tile-sized buffer, so that few instantiations serve every dtype.
 #pragma once
 
+#include "groups.h"
 #include "kernels.h"
 #include "parallel.h"
-#include "vec.h"
 
 #include "../formulas/all.h"
 
@@ -210,15 +210,15 @@ inline double formula_tile(const Pointers<F, X, S>& t, const T* mask, int64_t n,
   const V zero(T(0)), factor(scale);
   constexpr unsigned unit_inputs = units<F>();
   InUnit<V> inside[F::inputs];
-  const Pointers<F, X, S> at = t;  // a copy: a store of floats could change what `t` refers to
+  const Pointers<F, X, S> here = t;  // a copy: a store of floats could change what `t` refers to
 
   const double total =
       sum_vectors<T, S>(n, [&](int64_t i, auto count, Sum<T>& sum) __attribute__((always_inline)) {
         V in[F::inputs][P], grad[F::inputs][P];
-        load(at.x + i, count, in[0]);
-        for (int j = 1; j < F::inputs; ++j) load(at.param[j] + i, count, in[j]);
-        __builtin_prefetch(at.x + i + ahead, 0, 2);
-        for (int j = 1; j < F::inputs; ++j) __builtin_prefetch(at.param[j] + i + ahead, 0, 2);
+        load(here.x + i, count, in[0]);
+        for (int j = 1; j < F::inputs; ++j) load(here.param[j] + i, count, in[j]);
+        __builtin_prefetch(here.x + i + ahead, 0, 2);
+        for (int j = 1; j < F::inputs; ++j) __builtin_prefetch(here.param[j] + i + ahead, 0, 2);
         Mask<V> drop;
         if constexpr (Masked) drop = equal(V::loadu(mask + i, count), zero);
         for (int p = 0; p < P; ++p) {
@@ -241,12 +241,12 @@ inline double formula_tile(const Pointers<F, X, S>& t, const T* mask, int64_t n,
           if constexpr (requires { F::log_odds; }) sum.subtract_log1p(odds);
         }
         for (int j = 0; Grad && j < F::inputs; ++j) {
-          if (!(j == 0 ? static_cast<const void*>(at.dx) : at.dparam[j])) continue;
+          if (!(j == 0 ? static_cast<const void*>(here.dx) : here.dparam[j])) continue;
           for (V& v : grad[j]) {
             v = factor * v;
             if constexpr (Masked) v = select(drop, zero, v);
           }
-          j == 0 ? store(grad[j], at.dx + i, count) : store(grad[j], at.dparam[j] + i, count);
+          j == 0 ? store(grad[j], here.dx + i, count) : store(grad[j], here.dparam[j] + i, count);
         }
       });
 
@@ -270,7 +270,7 @@ inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsi
   using V = Vec<T>;
   const int64_t per_row = chunks(a.cols);
   alignas(64) X x_buffer[tile], dx_buffer[tile];
-  alignas(64) S buffer[F::inputs][tile], grad_buffer[F::inputs][tile];
+  alignas(64) S buffer[F::inputs - 1][tile], grad_buffer[F::inputs - 1][tile];
   alignas(64) T mask_buffer[tile];
   V options[max_options];
   for (int k = 0; k < max_options; ++k) options[k] = num<V>(a.options[k]);
@@ -289,8 +289,8 @@ inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsi
       t.x = load_tile(a.in[0], row, col, n, x_buffer);
       if (Grad) t.dx = gradient_tile(a, 0, start, dx_buffer);
       for (int j = 1; j < F::inputs; ++j) {
-        t.param[j] = load_tile(a.in[j], row, col, n, buffer[j]);
-        if (Grad) t.dparam[j] = gradient_tile(a, j, start, grad_buffer[j]);
+        t.param[j] = load_tile(a.in[j], row, col, n, buffer[j - 1]);
+        if (Grad) t.dparam[j] = gradient_tile(a, j, start, grad_buffer[j - 1]);
       }
       sums[0] += formula_tile<F, T, X, S, Grad, Masked>(t, mask, n, options, static_cast<T>(scale),
                                                         outside);
