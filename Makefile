@@ -8,7 +8,7 @@ export PATH := $(BIN):$(PATH)
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test check bench bench-gpu docs format clean
+.PHONY: demo test check bench bench-gpu gpu docs format clean
 demo: $(VENV)/built
 	python examples/digits.py
 
@@ -24,6 +24,9 @@ docs: $(VENV)/built $(VENV)/others
 
 bench-gpu: $(VENV)/built
 	python -m pytest benchmarks --device cuda --benchmark-json=benchmarks/last-gpu.json
+
+gpu:  # with the Python, torch and Triton that are there; nothing is installed
+	$(PYTHON) benchmarks/first_gpu.py
 
 check: $(VENV)/installed
 	ruff check .

@@ -91,7 +91,7 @@ def run(
     value = function(*leaves)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if upstream is None:
-        upstream = torch.ones(())
+        upstream = torch.ones((), device=value.device)
     grads = torch.autograd.grad(value, wanted, upstream.to(value.dtype).expand_as(value))
     return value.detach(), list(grads)
 

@@ -27,7 +27,8 @@ def step(loss: Any, recon: Tensor, kl: Tensor, **options: Any) -> Tensor:
     return recon.grad
 
 
-GOOD = torch.ones(B, D), torch.ones(B)
+def good() -> tuple[Tensor, Tensor]:
+    return torch.ones(B, D), torch.ones(B)
 
 
 def spoiled(shape: tuple[int, ...], *where: tuple[int, ...], value: float = math.nan) -> Tensor:
@@ -40,16 +41,16 @@ def spoiled(shape: tuple[int, ...], *where: tuple[int, ...], value: float = math
 def test_silent_where_everything_is_finite(backend: str) -> None:
     loss = criterion(backend=backend)
     loss.check()  # before any call
-    step(loss, *GOOD)
+    step(loss, *good())
     loss.check()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_names_the_term_the_call_and_the_row(value: float, backend: str) -> None:
     loss = criterion(backend=backend)
-    step(loss, *GOOD)
+    step(loss, *good())
     step(loss, spoiled((B, D), (4, 1), (4, 2), (5, 0), value=value), torch.ones(B))
-    step(loss, *GOOD)
+    step(loss, *good())
     step(loss, spoiled((B, D), (0, 0), value=value), spoiled((B,), (3,), value=value))
     wanted = (
         r"log_likelihood in 3 of 24 rows, first in call 1, row 4; "
@@ -58,7 +59,7 @@ def test_names_the_term_the_call_and_the_row(value: float, backend: str) -> None
     with pytest.raises(FloatingPointError, match=wanted):
         loss.check()
     loss.check()  # starts again
-    step(loss, *GOOD, sample_weight=spoiled((B,), (2,)))
+    step(loss, *good(), sample_weight=spoiled((B,), (2,)))
     with pytest.raises(FloatingPointError, match=r"sample_weight in 1 of 6 rows.*call 0, row 2"):
         loss.check()
 
@@ -97,17 +98,17 @@ def test_counters_made_in_inference_mode_serve_training(compiled: bool) -> None:
     run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
     with torch.inference_mode():
         run(spoiled((B, D), (2, 0)), torch.zeros(B, D), kl=torch.ones(B))
-    step(run, *GOOD)
+    step(run, *good())
     with pytest.raises(FloatingPointError, match="in 1 of 12 rows, first in call 0, row 2"):
         loss.check()
-    step(run, *GOOD)
+    step(run, *good())
     loss.check()
 
 
 def test_check_resets_in_place() -> None:
     """A captured CUDA graph goes on writing to the same memory."""
     loss = criterion()
-    step(loss, *GOOD)
+    step(loss, *good())
     (counter,) = loss._nonfinite.values()
     before = counter.state.data_ptr()
     loss.check()
@@ -156,9 +157,9 @@ def test_compiled_steps_are_counted() -> None:
     compiled = torch.compile(
         lambda recon, kl: loss(recon, torch.zeros(B, D), kl=kl), fullgraph=True, backend="aot_eager"
     )
-    compiled(*GOOD)
+    compiled(*good())
     compiled(spoiled((B, D), (1, 1)), torch.ones(B))
-    compiled(*GOOD)
+    compiled(*good())
     with pytest.raises(FloatingPointError, match="in 1 of 18 rows, first in call 1, row 1"):
         loss.check()
 

@@ -14,22 +14,22 @@ from torch.utils.checkpoint import checkpoint
 import fastvae
 from fastvae.likelihoods import Gaussian
 
-MU = torch.zeros(5, 7)
-
-
 def draw(**options: Any) -> Tensor:
-    return fastvae.rsample(MU, MU, **options)
+    mu = torch.zeros(5, 7)
+    return fastvae.rsample(mu, mu, **options)
 
 
 def test_saved_and_restored_state(quick_backend: str) -> None:
     draw(backend=quick_backend)
-    state = torch.get_rng_state()
+    device = torch.get_default_device()
+    rng = torch.cuda if device.type == "cuda" else torch
+    state = rng.get_rng_state()
     want = [draw(backend=quick_backend) for _ in range(3)]
     assert not torch.equal(want[0], want[1])
-    torch.set_rng_state(state)
+    rng.set_rng_state(state)
     assert all(torch.equal(draw(backend=quick_backend), z) for z in want)
 
-    generator = torch.Generator()
+    generator = torch.Generator(device)
     state = generator.get_state()
     first = draw(generator=generator, backend=quick_backend)
     generator.set_state(state)
@@ -40,7 +40,8 @@ def test_fork_rng_leaves_the_stream_where_it_was(quick_backend: str) -> None:
     torch.manual_seed(4)
     want = draw(backend=quick_backend)
     torch.manual_seed(4)
-    with torch.random.fork_rng(devices=[]):
+    device = torch.get_default_device()
+    with torch.random.fork_rng(devices=[0] if device.type == "cuda" else []):
         inside = draw(backend=quick_backend)
         draw(backend=quick_backend)
     assert torch.equal(inside, want)
