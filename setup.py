@@ -32,7 +32,15 @@ if X86:
     ]  # GCC 12 warns of its own intrinsics
 
 # -ffp-contract=off: fused multiply-adds only where the source says so.
-FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+]
 FLAGS += [
     "-fno-trapping-math",
     "-Wall",

@@ -144,7 +144,7 @@ def log_likelihood_case(family: str, shape: Shape, target: Target) -> Case:
 
     def run(x: Tensor, backend: str = "auto", **parameters: Tensor) -> tuple[Tensor]:
         recon = tuple(parameters.values())
-        return (fastvae.log_likelihood(x, recon, likelihood, backend=backend),)
+        return (fastvae.log_likelihood(recon, x, likelihood, backend=backend),)
 
     def eager(x: Tensor, **parameters: Tensor) -> tuple[Tensor]:
         return (formula(x, **parameters),) if formula else run(x, "eager", **parameters)

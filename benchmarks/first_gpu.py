@@ -101,11 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     default = Path(os.environ.get("OUT", ROOT / "build" / "gpu"))
     parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--rehearse", action="store_true", help="no GPU: as far as it goes")
     options = parser.parse_args(arguments)
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * MINUTES
+    end = time.monotonic() + 60 * options.minutes
 
     print(json.dumps(machine := environment(), indent=1), flush=True)
     stages: list[Stage] = []

@@ -16,6 +16,22 @@ V num(double v) {
   return at::native::wrapped_scalar_tensor(v);  // a wrapped number: does not promote float32
 }
 
+// e^x as a factor: it need not be a number itself where its product is one. The derivatives are
+// taken through e^(x − x₀) at x = x₀, which is one: through the halves they would overflow before
+// the result does.
+struct ExpFactorTensor {
+  Tensor half, one;
+  friend Tensor operator*(const ExpFactorTensor& e, const Tensor& a) {
+    return e.half * a * e.half * e.one;
+  }
+};
+
+inline ExpFactorTensor exp_factor(const Tensor& x) {
+  const double limit = x.scalar_type() == at::kDouble ? 1400.0 : 174.0;
+  const Tensor c = at::clamp(x, -limit, limit), fixed = c.detach();
+  return {at::exp(0.5 * fixed), at::exp(c - fixed)};
+}
+
 struct FlooredLogsTensor {
   Tensor log_p, log_q;
 };

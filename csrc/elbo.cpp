@@ -76,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce_fused(const Tensor& log_likelihoo
     auto* kl_out = std::get<2>(out).mutable_data_ptr<scalar_t>();
     double loss = 0, ll_sum = 0, kl_sum = 0;
     for (int64_t b = 0; b < batch; ++b) {
-      const double ll_b = w[b] * ll_row[b], kl_b = w[b] * kl_row[b], loss_b = beta * kl_b - ll_b;
+      const double ll_b = w[b] * ll_row[b], kl_b = w[b] * kl_row[b];
+      const double loss_b = (beta == 0 ? 0 : beta * kl_b) - ll_b;  // the KL may be infinite
       if (none) {
         loss_out[b] = static_cast<scalar_t>(loss_b);
         ll_out[b] = static_cast<scalar_t>(ll_b);
@@ -123,6 +124,19 @@ Tensor kl_gradient(const Call& call, const Tensor& upstream, const Tensor& x, bo
   return grad;
 }
 
+// d(loss) / d(weight): upstream · (c β KL − c ln p), [batch].
+Tensor weight_gradient(const Saved& saved, const Tensor& upstream) {
+  const Call& call = saved.call;
+  std::vector<Tensor> inputs = saved.inputs;
+  inputs.push_back(saved.kl);
+  const bool graph = needs_composite_backward({upstream}, inputs);
+  const Tensor rows =
+      graph ? rowwise_composite(call.spec, saved.inputs, call.mask) : saved.log_likelihood;
+  Tensor per_sample = (rows.dim() == 2 ? rows.sum(0) : rows) * call.scale;  // which holds −c / K
+  if (call.kl_scale != 0) per_sample = per_sample + saved.kl * call.kl_scale;
+  return (upstream * per_sample).to(call.weight->scalar_type());
+}
+
 // ln p and KL, reduced as the loss is, and ln p of each row.
 using Parts = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -130,10 +144,12 @@ using Parts = std::tuple<Tensor, Tensor, Tensor>;
 // compiled autograd refuses.
 struct Elbo : torch::autograd::Function<Elbo> {
   static Tensor forward(AutogradContext* ctx, at::TensorList inputs, const Tensor& kl,
-                        const Call& call, double beta, const std::string& reduction, Parts* parts) {
+                        const OptTensor& weight, const Call& call, double beta,
+                        const std::string& reduction, Parts* parts) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor value = forward_and_save(ctx, inputs, call);
-    auto [loss, ll, kl_out] = elbo_reduce(value, kl, call.weight, beta, reduction);
+    const bool of_weight = weight && weight->requires_grad();
+    const Tensor value = forward_and_save(ctx, inputs, call, of_weight ? kl : Tensor());
+    auto [loss, ll, kl_out] = elbo_reduce(value, kl, weight, beta, reduction);
     *parts = {ll, kl_out, value};
     return loss;
   }
@@ -141,12 +157,14 @@ struct Elbo : torch::autograd::Function<Elbo> {
     const triton::Interpret where(triton::remembered(ctx));
     const Saved saved = load_saved(ctx);
     const size_t count = saved.inputs.size();
-    variable_list grads(count + 5);
+    variable_list grads(count + 6);
     if (!upstream[0].defined()) return grads;
     if (ctx->needs_input_grad(count)) {
-      const bool graph = needs_composite_backward({upstream[0]}, {});
+      const bool graph =
+          needs_composite_backward({upstream[0]}, {saved.call.weight.value_or(Tensor())});
       grads[count] = kl_gradient(saved.call, upstream[0], saved.inputs[0], graph);
     }
+    if (saved.kl.defined()) grads[count + 1] = weight_gradient(saved, upstream[0]);
     auto input_grads = likelihood_grads(saved, upstream[0]);
     std::move(input_grads.begin(), input_grads.end(), grads.begin());
     return grads;
@@ -166,8 +184,15 @@ Terms elbo_composite(const Tensor& x, at::TensorList params, const Tensor& kl,
     const Tensor w = weight ? t * *weight : t;
     return reduction == Reduction::none ? w : w.sum() * c;
   };
-  return {reduce(kl * beta - ll), reduce(ll).detach(),
+  return {reduce(beta == 0 ? -ll : kl * beta - ll), reduce(ll).detach(),
           reduce(kl.to(compute_type(kl.scalar_type()))).detach(), rows.detach()};
+}
+
+// A view that autograd lets nobody modify, as what a module's full backward hook returns.
+bool is_functions_view(const Tensor& t) {
+  const auto* meta = torch::autograd::impl::get_view_autograd_meta(t);
+  return meta != nullptr && meta->has_bw_view() &&
+         meta->get_creation_meta() != torch::autograd::CreationMeta::DEFAULT;
 }
 
 // Whether the parameters can be overwritten by their gradients; ValueError where that would destroy
@@ -187,6 +212,9 @@ bool may_overwrite(const Call& call, at::TensorList inputs, const Tensor& kl) {
     if (!call.needs[j] || t.sizes() != inputs[1].sizes()) continue;
     check(!t.is_leaf() && !(t.is_view() && t._base().is_leaf()), j,
           "is a leaf or a view of one: an optimizer's or your own data");
+    check(!is_functions_view(t), j,
+          "came through a full backward hook, or another Function that returns a view: use "
+          "register_hook on tensors, or leave inplace_backward out");
     check(t.is_contiguous(), j, "is not contiguous");
     check(!overlap(kl, t) && !overlap(call.mask, t) && !overlap(call.weight, t), j,
           "shares memory with another argument");
@@ -202,9 +230,10 @@ Terms elbo_routed(const Tensor& x, at::TensorList params, const Tensor& kl, c10:
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must have a batch dimension, got ", x.sizes());
   auto inputs = with_x(x, params);
   inputs.push_back(kl);
+  if (weight) inputs.push_back(*weight);
   if (needs_composite(inputs))
     return elbo_composite(x, params, kl, family, options, mask, weight, beta, reduction);
-  inputs.pop_back();
+  inputs.resize(1 + params.size());
   Call call = make_call(inputs, family, options, mask);
   const double c = row_scale(parse_reduction(reduction), x);
   // Traced, size() would make constants of the other dimensions too.
@@ -217,7 +246,7 @@ Terms elbo_routed(const Tensor& x, at::TensorList params, const Tensor& kl, c10:
   call.overwrite = overwrite && may_overwrite(call, inputs, kl);
   Parts parts;
   const Tensor loss =
-      Elbo::apply(at::TensorList(inputs), kl, call, beta, std::string(reduction), &parts);
+      Elbo::apply(at::TensorList(inputs), kl, weight, call, beta, std::string(reduction), &parts);
   return std::tuple_cat(std::tie(loss), parts);
 }
 

@@ -54,7 +54,8 @@ Call make_call(at::TensorList inputs, c10::string_view family, at::ArrayRef<doub
   return call;
 }
 
-Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call& call) {
+Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call& call,
+                        const Tensor& kl) {
   Tensor value;
   std::vector<Tensor> grads;
   if (call.overwrite) {
@@ -73,6 +74,8 @@ Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call&
   variable_list saved(inputs.begin(), inputs.end());
   saved.push_back(call.mask.value_or(Tensor()));
   saved.push_back(call.weight.value_or(Tensor()));
+  saved.push_back(kl);
+  saved.push_back(kl.defined() ? value : Tensor());
   saved.insert(saved.end(), grads.begin(), grads.end());
   ctx->save_for_backward(std::move(saved));
   // What differs from step to step stands alone, so that compiled autograd makes it an argument;
@@ -106,7 +109,9 @@ Saved load_saved(AutogradContext* ctx) {
   saved.inputs.assign(tensors.begin(), tensors.begin() + count);
   if (tensors[count].defined()) call.mask = tensors[count];
   if (tensors[count + 1].defined()) call.weight = tensors[count + 1];
-  saved.grads.assign(tensors.begin() + count + 2, tensors.end());
+  saved.kl = tensors[count + 2];
+  saved.log_likelihood = tensors[count + 3];
+  saved.grads.assign(tensors.begin() + count + 4, tensors.end());
   return saved;
 }
 
@@ -135,7 +140,9 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
   const size_t count = call.needs.size();
   variable_list out(count);
   std::vector<Tensor> grads;
-  if (needs_composite_backward({upstream}, saved.inputs)) {
+  std::vector<Tensor> differentiable = saved.inputs;
+  if (call.weight) differentiable.push_back(*call.weight);
+  if (needs_composite_backward({upstream}, differentiable)) {
     TORCH_CHECK(!call.overwrite,
                 "inplace_backward=True overwrote the reconstruction by its gradient: leave it out "
                 "for create_graph=True or batched gradients");

@@ -10,6 +10,9 @@ TORCH_LIBRARY(fastvae, m) {
       "noise(Tensor seed, SymInt[] size, SymInt num_samples, SymInt sample_offset, "
       "Tensor? sample_index=None) -> Tensor");
   m.def(
+      "noise_each(Tensor seeds, SymInt[] size, SymInt num_samples, SymInt sample_offset, "
+      "Tensor? sample_index=None) -> Tensor");
+  m.def(
       "rsample(Tensor mu, Tensor logvar, Tensor seed, SymInt? num_samples=None, "
       "SymInt sample_offset=0, Tensor? sample_index=None) -> Tensor");
   m.def(

@@ -42,11 +42,13 @@ Call make_call(at::TensorList inputs, c10::string_view family, at::ArrayRef<doub
                const OptTensor& mask);
 
 // Runs the fused op and saves what backward needs: inputs, mask, weight, gradients, and the call.
+// With a `kl`, which the gradient of elbo's weight needs, that and the rows' ln p as well.
 Tensor forward_and_save(torch::autograd::AutogradContext* ctx, at::TensorList inputs,
-                        const Call& call);
+                        const Call& call, const Tensor& kl = {});
 struct Saved {
   Call call;
   std::vector<Tensor> inputs, grads;
+  Tensor kl, log_likelihood;  // undefined where no gradient of the weight is wanted
 };
 Saved load_saved(torch::autograd::AutogradContext* ctx);
 

@@ -99,6 +99,16 @@ std::string shortest(double v) {
   return {buffer, std::to_chars(buffer, buffer + sizeof buffer, v).ptr};
 }
 
+// What to do about values in [low, high] that should be in [0, 1].
+const char* way_into_unit(double low, double high, bool data) {
+  constexpr double rounding = 1e-3;
+  if (low >= -rounding && high <= 1 + rounding) return ": rounding? clamp(0, 1) removes it";
+  if (!data) return ": are they logits? likelihood 'bernoulli' takes those";
+  if (low >= 0 && high <= 255) return ": for pixel values divide by 255";
+  if (low >= -1 && high <= 1) return ": for data in [-1, 1] take (x + 1) / 2";
+  return "";
+}
+
 [[noreturn]] void raise_outside(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                                 unsigned outside, bool overwritten) {
   with_formula(spec.family, [&](auto f) {
@@ -111,10 +121,10 @@ std::string shortest(double v) {
       if (mask) t = t.masked_select(*mask);
       TORCH_CHECK_VALUE(!t.isnan().any().item<bool>(), F::input_names[j],
                         " must lie in [0, 1] for ", F::name, ", got NaN");
+      const double low = t.min().item<double>(), high = t.max().item<double>();
       TORCH_CHECK_VALUE(false, F::input_names[j], " must lie in [0, 1] for ", F::name,
-                        ", got values in [", shortest(t.min().item<double>()), ", ",
-                        shortest(t.max().item<double>()), "]",
-                        inputs[j].scalar_type() == at::kByte ? " (divide by 255?)" : "");
+                        ", got values in [", shortest(low), ", ", shortest(high), "]",
+                        way_into_unit(low, high, j == 0));
     }
   });
   __builtin_unreachable();

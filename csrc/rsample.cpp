@@ -162,6 +162,19 @@ Tensor noise_fused(const Tensor& seed, at::IntArrayRef size, int64_t num_samples
   return rsample_fused(zero, zero, seed, num_samples, sample_offset, sample_index);
 }
 
+// ε for each of several seeds, [seeds, …]: what vmap asks for.
+Tensor noise_each_fused(const Tensor& seeds, at::IntArrayRef size, int64_t num_samples,
+                        int64_t sample_offset, const OptTensor& sample_index) {
+  TORCH_CHECK_VALUE(seeds.dim() == 1, "seeds must have one dimension, got ", seeds.sizes());
+  std::vector<int64_t> sizes{seeds.size(0), num_samples};
+  sizes.insert(sizes.end(), size.begin(), size.end());
+  const Tensor out = empty(sizes, at::kFloat, seeds.device());
+  for (int64_t i = 0; i < seeds.size(0); ++i)
+    out[i].copy_(
+        noise_fused(seeds.slice(0, i, i + 1), size, num_samples, sample_offset, sample_index));
+  return out;
+}
+
 std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const OptTensor& grad_kl,
                                                   const Tensor& mu, const Tensor& logvar,
                                                   const Tensor& seed,
@@ -332,6 +345,7 @@ SampleResult rsample_kl_autograd(const Tensor& mu, const Tensor& logvar, const T
 
 void implementations(torch::Library& m) {
   m.impl("noise", noise_fused);
+  m.impl("noise_each", noise_each_fused);
   m.impl("rsample", rsample_fused);
   m.impl("rsample_kl", rsample_kl_fused);
   m.impl("rsample_backward", rsample_backward_fused);
@@ -351,6 +365,7 @@ TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
   m.impl("seed", torch::CppFunction::makeFallthrough());  // integers: nothing to differentiate
   m.impl("noise", torch::CppFunction::makeFallthrough());
+  m.impl("noise_each", torch::CppFunction::makeFallthrough());
   m.impl("rsample", rsample_autograd);
   m.impl("rsample_kl", rsample_kl_autograd);
 }

@@ -107,7 +107,7 @@ def importance_sampled(
     for part in x.split(chunk):
         mu, logvar = model.encode(part)
         z = fastvae.rsample(mu, logvar, num_samples=samples)  # [K, B, latents]
-        log_px = fastvae.log_likelihood(part, model.decoder(z), likelihood)  # [K, B]
+        log_px = fastvae.log_likelihood(model.decoder(z), part, likelihood)  # [K, B]
         log_pz = -0.5 * z.square()  # ln(2 pi) / 2 is in both densities and cancels
         log_qz = -0.5 * ((z - mu).square() / logvar.exp() + logvar)
         log_w = log_px + (log_pz - log_qz).sum(-1)

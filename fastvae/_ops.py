@@ -1,6 +1,7 @@
 """torch.ops.fastvae for tracing: what each operator returns, without running it."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from fastvae._backends import eager
 from fastvae._backends._common import compute_dtype
 
 register = torch.library.register_fake
+ops = torch.ops.fastvae
 
 
 @register("fastvae::seed")
@@ -25,6 +27,41 @@ def _noise(
     sample_index: Tensor | None = None,
 ) -> Tensor:
     return seed.new_empty(num_samples, *size, dtype=torch.float32)
+
+
+@register("fastvae::noise_each")
+def _noise_each(
+    seeds: Tensor,
+    size: Sequence[int],
+    num_samples: int,
+    sample_offset: int,
+    sample_index: Tensor | None = None,
+) -> Tensor:
+    return seeds.new_empty(seeds.shape[0], num_samples, *size, dtype=torch.float32)
+
+
+@torch.library.register_vmap("fastvae::noise")
+def _noise_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    seed: Tensor,
+    size: Sequence[int],
+    num_samples: int,
+    sample_offset: int,
+    sample_index: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """A seed for each lane under randomness="different"; one for all otherwise."""
+    lanes = info.batch_size
+    if len(in_dims) < 5 or in_dims[4] is None:
+        seeds = seed.movedim(cast(int, in_dims[0]), 0).reshape(lanes)  # else no lane would differ
+        return ops.noise_each(seeds, size, num_samples, sample_offset, sample_index), 0
+    assert sample_index is not None
+    rows = sample_index.movedim(in_dims[4], 0)
+    each = [seed] * lanes if in_dims[0] is None else list(seed.movedim(in_dims[0], 0))
+    eps = [
+        ops.noise(s, size, num_samples, sample_offset, i) for s, i in zip(each, rows, strict=True)
+    ]
+    return torch.stack(eps), 0
 
 
 def _sample_like(mu: Tensor, num_samples: int | None) -> Tensor:

@@ -7,15 +7,18 @@ import math
 import numbers
 import sys
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastvae._backends import Prior
+from fastvae._backends._common import Beta, readable
 from fastvae.likelihoods import Likelihood
+from fastvae.likelihoods._base import number
 
 Recon = Tensor | Sequence[Tensor]
+AnyPrior = tuple[Tensor | float, Tensor | float]
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -27,21 +30,28 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
 
 
-def check_beta(beta: object) -> float:
-    """Beta; raises unless it is a finite number ≥ 0."""
+def check_beta(beta: object) -> Beta:
+    """Beta, a number as a float; raises unless it is finite and ≥ 0: a number, or a floating tensor
+    of one element, whose value is read on CPU alone."""
     if type(beta) is float and 0.0 <= beta <= sys.float_info.max:
         return beta
     if isinstance(beta, torch.SymFloat):
         return cast(float, beta)
-    if isinstance(beta, bool) or not isinstance(beta, (int, float, numbers.Real)):
-        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-    try:
-        value = float(beta)
-    except OverflowError:
-        value = math.inf
-    if not 0.0 <= value <= sys.float_info.max:
-        raise ValueError(f"beta must be finite and ≥ 0, got {beta}")
+    if isinstance(beta, Tensor):
+        check_floating("beta", beta)
+        if beta.numel() != 1:
+            raise ValueError(f"beta must hold one element, got {shape(beta)}")
+        if readable(beta):
+            _check_weight("beta", beta.item())
+        return beta
+    value = number("beta", beta, or_else=" or a tensor")
+    _check_weight("beta", value)
     return value
+
+
+def _check_weight(name: str, value: float) -> None:
+    if not 0.0 <= value <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite and ≥ 0, got {value}")
 
 
 def check_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,20 +75,25 @@ def check_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
             f"mu and logvar must be on the same device, got {mu.device} and {logvar.device}"
         )
     if mu.dim() == 0:
-        raise ValueError("mu must have a batch dimension, got []")
+        raise ValueError("mu must have a batch dimension, got []: mu[None] is a batch of one")
     if mu.dtype == logvar.dtype:
         return mu, logvar
     wide = torch.promote_types(mu.dtype, logvar.dtype)
     return mu.to(wide), logvar.to(wide)
 
 
-def expand_prior(prior: Prior, mu: Tensor) -> Prior:
+def expand_prior(prior: AnyPrior, mu: Tensor) -> Prior:
     """The prior's parameters in mu's shape, and its dtype or, under autocast, the widest of the
     three; raises unless they fit.
     """
     if not isinstance(prior, (tuple, list)) or len(prior) != 2:
-        raise TypeError(f"prior must be a pair (mu, logvar) of tensors, got {type(prior).__name__}")
-    for name, t in zip(("prior mu", "prior logvar"), prior, strict=True):
+        raise TypeError(
+            "prior must be a pair (mu, logvar) of tensors or numbers, got "
+            f"{type(prior).__name__}{_parameters_of(prior, 'p')}"
+        )
+    names = ("prior mu", "prior logvar")
+    pair = tuple(_as_tensor(name, t, mu) for name, t in zip(names, prior, strict=True))
+    for name, t in zip(names, pair, strict=True):
         check_floating(name, t)
         if t.dtype != mu.dtype and not _under_autocast(mu):
             raise TypeError(f"{name} must have mu's dtype {mu.dtype}, got {t.dtype}")
@@ -86,11 +101,30 @@ def expand_prior(prior: Prior, mu: Tensor) -> Prior:
             raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
         if not _broadcasts(t, mu.shape):
             raise ValueError(f"{name} must broadcast to mu's shape {shape(mu)}, got {shape(t)}")
-    first, second = (t.expand(mu.shape) for t in prior)
+    first, second = (t.expand(mu.shape) for t in pair)
     if first.dtype == second.dtype == mu.dtype:
         return first, second
     wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), mu.dtype)
     return first.to(wide), second.to(wide)
+
+
+def _as_tensor(name: str, value: Any, mu: Tensor) -> Tensor:
+    """A number as a tensor like mu; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return cast(Tensor, value)
+    found = number(name, value)
+    if not math.isfinite(found):
+        raise ValueError(f"{name} must be finite, got {found}")
+    return mu.new_full((), found)
+
+
+def _parameters_of(q: object, name: str) -> str:
+    """How mu and logvar are had from something that is no tensor, if it is known."""
+    if hasattr(q, "mu") and hasattr(q, "logvar"):
+        return f": pass {name}.mu and {name}.logvar"
+    if isinstance(q, torch.distributions.Distribution):
+        return f": q = fastvae.from_distribution({name}) has q.mu and q.logvar"
+    return ""
 
 
 def _under_autocast(t: Tensor) -> bool:
@@ -106,7 +140,9 @@ def shape(t: Tensor) -> str:
 def check_dense(name: str, t: object) -> None:
     """Raises unless t is a plain strided tensor."""
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        way_out = _parameters_of(t, "q") if name in ("mu", "logvar") else ""
+        way_out = ": pass mu and logvar" if isinstance(t, tuple) and name == "mu" else way_out
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}{way_out}")
     if type(t) is not Tensor and hasattr(t, "to_local"):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local(), and for the "
@@ -173,13 +209,14 @@ def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
     )
 
 
-def check_recon(x: Tensor, recon: Recon, family: Likelihood) -> tuple[Tensor, ...]:
+def check_recon(recon: Recon, x: Tensor, family: Likelihood) -> tuple[Tensor, ...]:
     """The formula's parameters, each of the full shape or constant along each row."""
     check_dense("x", x)
     if x.dtype not in _FLOATING and x.dtype not in (torch.uint8, torch.bool):
-        raise TypeError(f"x must be floating, uint8 or bool, got {x.dtype}")
+        way_out = "" if x.dtype.is_complex else ": take x.float(), of pixel values x / 255"
+        raise TypeError(f"x must be floating, uint8 or bool, got {x.dtype}{way_out}")
     if x.dim() == 0:
-        raise ValueError("x must have a batch dimension, got []")
+        raise ValueError("x must have a batch dimension, got []: x[None] is a batch of one")
     given = (recon,) if isinstance(recon, Tensor) else recon
     names = family.param_names
     if not isinstance(given, (tuple, list)):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvae import functional
-from fastvae._backends import Prior, select
-from fastvae._validation import check_latent, expand_prior
+from fastvae._backends import select
+from fastvae._validation import AnyPrior, check_latent, expand_prior
 
 
 class Diagnosis(NamedTuple):
@@ -36,7 +36,7 @@ def diagnose(
     mu: Tensor,
     logvar: Tensor,
     *,
-    prior: Prior | None = None,
+    prior: AnyPrior | None = None,
     threshold: float = 0.01,
     loss: Tensor | None = None,
     x: Tensor | None = None,

@@ -124,7 +124,7 @@ class DiagonalNormal(Distribution):
         draws = value.expand((*batch, *event))
         if len(batch) > 1:
             draws = draws.reshape(batch[:-1].numel(), *q.mu.shape)
-        ln_q = functional.log_likelihood(q.mu, (draws, q.logvar), "gaussian_logvar")
+        ln_q = functional.log_likelihood((draws, q.logvar), q.mu, "gaussian_logvar")
         return ln_q.view(batch)
 
     def entropy(self) -> Tensor:

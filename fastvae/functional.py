@@ -14,7 +14,9 @@ from torch.compiler import is_compiling
 
 from fastvae import likelihoods
 from fastvae._backends import Ops, Prior, Terms, cpp, select
+from fastvae._backends._common import Beta
 from fastvae._validation import (
+    AnyPrior,
     Recon,
     check_beta,
     check_count,
@@ -88,7 +90,7 @@ def rsample_kl(
     mu: Tensor,
     logvar: Tensor,
     *,
-    prior: Prior | None = None,
+    prior: AnyPrior | None = None,
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
@@ -120,7 +122,7 @@ def rsample_kl(
 
 
 def kl_divergence(
-    mu: Tensor, logvar: Tensor, *, prior: Prior | None = None, backend: str = "auto"
+    mu: Tensor, logvar: Tensor, *, prior: AnyPrior | None = None, backend: str = "auto"
 ) -> Tensor:
     """KL(N(μ, e^logvar) ‖ prior) per sample, in nats (Kingma & Welling 2014, appendix B).
 
@@ -129,8 +131,8 @@ def kl_divergence(
     Args:
         mu: mean, [B, *event].
         logvar: ln σ², the same shape, dtype and device.
-        prior: (mu, logvar) of a diagonal normal, each broadcastable to mu's shape; N(0, I) if left
-            out. Gradients flow to it.
+        prior: (mu, logvar) of a diagonal normal, each a number or a tensor that broadcasts to mu's
+            shape; N(0, I) if left out. Gradients flow to it.
         backend: "auto", "cpp", "triton" or "eager".
 
     Returns:
@@ -146,8 +148,8 @@ def kl_divergence(
 
 
 def log_likelihood(
-    x: Tensor,
     recon: Recon,
+    x: Tensor,
     likelihood: str | Likelihood = "bernoulli",
     *,
     mask: Tensor | None = None,
@@ -156,10 +158,10 @@ def log_likelihood(
     """ln p(x | recon) per sample, in nats; its gradient is computed in the same pass.
 
     Args:
-        x: targets, [B, *event]; floating, uint8 or bool.
         recon: what the decoder gives: a tensor, or one tensor per parameter of the family. The
             first has shape [B, *event] or [K, B, *event]; the others broadcast to it. x is never
             expanded to K.
+        x: targets, [B, *event]; floating, uint8 or bool.
         likelihood: a name in ``fastvae.likelihoods.registry`` or an object.
         mask: bool, broadcastable to x. False leaves the element out: value and gradient are 0
             whatever is stored there.
@@ -175,7 +177,7 @@ def log_likelihood(
         TypeError: wrong types or dtypes.
     """
     family = _family(likelihood)
-    params = check_recon(x, recon, family)
+    params = check_recon(recon, x, family)
     return select(backend, x.device).log_likelihood(x, params, family, check_mask(mask, x))
 
 
@@ -187,9 +189,9 @@ def elbo_loss(
     *,
     kl: Tensor | None = None,
     likelihood: str | Likelihood = "bernoulli",
-    beta: float = 1.0,
+    beta: Beta = 1.0,
     reduction: str = "mean",
-    prior: Prior | None = None,
+    prior: AnyPrior | None = None,
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
@@ -207,12 +209,13 @@ def elbo_loss(
         mu, logvar: the encoder's output, [B, *latent]; or give `kl` instead.
         kl: one value per sample, [B], as from `rsample_kl`; any estimate will do.
         likelihood: a name or an object.
-        beta: factor of the KL, ≥ 0; a number, numpy's too, not a tensor.
+        beta: factor of the KL, ≥ 0: a number, numpy's too, or a floating tensor of one element, to
+            which a gradient flows. The number 0 leaves the KL out, be it infinite.
         reduction: "mean" over the batch, "sum", or "none" for one value per sample. An empty batch
             gives 0.
         prior: as in `kl_divergence`; only together with mu and logvar.
-        sample_weight: w, [B], floating; no gradient flows to it. "mean" stays the plain mean of
-            the weighted values.
+        sample_weight: w, [B], floating; gradients flow to it. "mean" stays the plain mean of the
+            weighted values.
         mask: as in `log_likelihood`; it concerns the reconstruction alone.
         inplace_backward: let the gradient overwrite recon, so that the loss takes no memory of the
             reconstruction's size. Only for a recon that nobody reads afterwards: it holds its
@@ -246,9 +249,9 @@ def elbo_terms(
     *,
     kl: Tensor | None = None,
     likelihood: str | Likelihood = "bernoulli",
-    beta: float = 1.0,
+    beta: Beta = 1.0,
     reduction: str = "mean",
-    prior: Prior | None = None,
+    prior: AnyPrior | None = None,
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
@@ -258,7 +261,8 @@ def elbo_terms(
 
     Returns:
         (loss, log_likelihood, kl), all reduced alike, so that loss = beta · kl − log_likelihood;
-        the last two are detached, for logging.
+        the last two are detached, for logging: what has a gradient of its own are `log_likelihood`
+        and `kl_divergence`.
     """
     return evaluate(
         recon, x, mu, logvar, kl=kl, likelihood=likelihood, beta=beta, reduction=reduction,
@@ -275,9 +279,9 @@ def evaluate(
     *,
     kl: Tensor | None,
     likelihood: str | Likelihood,
-    beta: float,
+    beta: Beta,
     reduction: str,
-    prior: Prior | None,
+    prior: AnyPrior | None,
     sample_weight: Tensor | None,
     mask: Tensor | None,
     inplace_backward: bool,
@@ -289,12 +293,13 @@ def evaluate(
     beta = check_beta(beta)
     common = mu is None and logvar is None and prior is None and mask is None
     common = common and sample_weight is None and not inplace_backward and backend == "auto"
+    common = common and type(beta) is float
     if common and not family.own_param_names and not is_compiling():
         terms = cpp.direct.elbo(x, recon, kl, family.family, family.options, beta, reduction)
         if terms is not None:
             assert kl is not None
             return Terms(*terms[:3]), terms[3], kl
-    params = check_recon(x, recon, family)
+    params = check_recon(recon, x, family)
     mask = check_mask(mask, x)
     weight = check_per_sample("sample_weight", sample_weight, x)
     ops = select(backend, x.device)
@@ -314,7 +319,6 @@ def evaluate(
             )
         kl = _kl(ops, mu, logvar, None if prior is None else expand_prior(prior, mu))
     assert kl is not None
-    weight = None if weight is None else weight.detach()
     terms, rows = ops.elbo(x, params, kl, family, mask, weight, beta, reduction, inplace_backward)
     return terms, rows, kl
 

@@ -1,12 +1,14 @@
 """The loss as a module; no maths."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 from fastvae import likelihoods
-from fastvae._backends import Prior, Terms, check_backend
-from fastvae._backends._common import in_transform
-from fastvae._validation import Recon, check_beta, check_reduction
+from fastvae._backends import Terms, check_backend
+from fastvae._backends._common import Beta, in_transform
+from fastvae._validation import AnyPrior, Recon, check_beta, check_reduction
 from fastvae.diagnostics import NonFinite
 from fastvae.functional import evaluate
 from fastvae.likelihoods import Likelihood
@@ -18,7 +20,9 @@ class ELBOLoss(nn.Module):
     Args:
         likelihood: a name in ``fastvae.likelihoods.registry`` or an object. A learned scale is a
             parameter of this module: give ``criterion.parameters()`` to the optimizer too.
-        beta: factor of the KL (an attribute; change it freely to anneal).
+        beta: factor of the KL, as in `fastvae.elbo_loss`; an attribute, to change freely. A number
+            becomes a float; a tensor a buffer that is not saved, so that it moves with the module;
+            an ``nn.Parameter`` one of its parameters.
         reduction: "mean" over the batch, "sum", or "none".
         backend: "auto", "cpp", "triton" or "eager".
         inplace_backward: as in `fastvae.elbo_loss`: recon is overwritten by its gradient.
@@ -34,7 +38,7 @@ class ELBOLoss(nn.Module):
     def __init__(
         self,
         likelihood: str | Likelihood = "bernoulli",
-        beta: float = 1.0,
+        beta: Beta = 1.0,
         reduction: str = "mean",
         backend: str = "auto",
         inplace_backward: bool = False,
@@ -42,10 +46,10 @@ class ELBOLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction)
-        check_beta(beta)
         check_backend(backend)
         self.likelihood = likelihoods.get(likelihood)
-        self.beta = beta
+        self.beta: Beta
+        self.beta = beta  # checked by __setattr__
         self.reduction = reduction
         self.backend = backend
         self.inplace_backward = inplace_backward
@@ -53,6 +57,17 @@ class ELBOLoss(nn.Module):
         # By device. Not a buffer: DDP would overwrite each rank's own by the first rank's.
         cpu = torch.device("cpu")
         self._nonfinite = {cpu: NonFinite(cpu)} if track_nonfinite else {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "beta":
+            value = check_beta(value)
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+            self.__dict__.pop(name, None)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value, persistent=False)
+                return
+        super().__setattr__(name, value)
 
     def forward(
         self,
@@ -62,28 +77,16 @@ class ELBOLoss(nn.Module):
         logvar: Tensor | None = None,
         *,
         kl: Tensor | None = None,
-        prior: Prior | None = None,
+        prior: AnyPrior | None = None,
         sample_weight: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor:
-        """The loss, in nats; arguments, shapes and errors as in `fastvae.elbo_loss`."""
-        return self.terms(
-            recon, x, mu, logvar, kl=kl, prior=prior, sample_weight=sample_weight, mask=mask
-        ).loss
+        return_terms: bool = False,
+    ) -> Tensor | Terms:
+        """The loss, in nats; arguments, shapes and errors as in `fastvae.elbo_loss`.
 
-    def terms(
-        self,
-        recon: Recon,
-        x: Tensor,
-        mu: Tensor | None = None,
-        logvar: Tensor | None = None,
-        *,
-        kl: Tensor | None = None,
-        prior: Prior | None = None,
-        sample_weight: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Terms:
-        """(loss, log_likelihood, kl), reduced alike; the last two are detached, for logging."""
+        With ``return_terms=True`` (loss, log_likelihood, kl), reduced alike; the last two are
+        detached, for logging.
+        """
         terms, rows, kl_rows = evaluate(
             recon, x, mu, logvar, kl=kl, likelihood=self.likelihood, beta=self.beta,
             reduction=self.reduction, prior=prior, sample_weight=sample_weight, mask=mask,
@@ -94,7 +97,21 @@ class ELBOLoss(nn.Module):
             if counter is None:
                 counter = self._nonfinite[rows.device] = NonFinite(rows.device)
             counter.add(rows, kl_rows, sample_weight, self.backend)
-        return terms
+        return terms if return_terms else terms.loss
+
+    def terms(
+        self,
+        recon: Recon,
+        x: Tensor,
+        mu: Tensor | None = None,
+        logvar: Tensor | None = None,
+        **options: Any,
+    ) -> Terms:
+        """The module called with ``return_terms=True``: hooks fire, as those of FSDP2 do.
+
+        Of a module that DDP or torch.compile has wrapped, call the wrapper so instead.
+        """
+        return cast(Terms, self(recon, x, mu, logvar, **options, return_terms=True))
 
     def check(self) -> None:
         """Raises if a log-likelihood, KL or sample_weight was not finite since the last check; the
@@ -114,4 +131,5 @@ class ELBOLoss(nn.Module):
             raise FloatingPointError(f"not finite: {'; '.join(found)}")
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, reduction={self.reduction!r}, backend={self.backend!r}"
+        beta = self.beta if isinstance(self.beta, float) else "tensor"
+        return f"beta={beta}, reduction={self.reduction!r}, backend={self.backend!r}"

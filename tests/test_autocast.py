@@ -89,7 +89,7 @@ def test_probability_targets_are_allowed(device: str, dtype: torch.dtype) -> Non
         if device == "cuda":
             with pytest.raises(RuntimeError, match="unsafe to autocast"):
                 F.binary_cross_entropy(p, x.to(dtype))
-        got = fastvae.log_likelihood(x, p, "bernoulli_probs")
+        got = fastvae.log_likelihood(p, x, "bernoulli_probs")
     want = -F.binary_cross_entropy(p.double(), x.double(), reduction="none").sum(1)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     (grad,) = torch.autograd.grad(got.sum(), p)

@@ -32,6 +32,7 @@ def no_triton(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
         return None if name == "triton" else find(name, *args)
 
     monkeypatch.setattr(triton.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(triton, "_REASON", triton._look())
 
 
 def reason(backend: str, device: torch.device) -> str:

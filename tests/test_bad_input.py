@@ -40,7 +40,7 @@ from conftest import require
 from torch import Tensor
 
 import fastvae
-from fastvae import likelihoods
+from fastvae import DiagonalNormal, likelihoods
 from fastvae.likelihoods import Bernoulli, BernoulliProbs, Gaussian, Likelihood
 
 
@@ -84,7 +84,10 @@ LATENT = [
     *not_dense("mu", full(4, 6)),
     *not_dense("logvar", full(4, 6)),
     *shapes("logvar", (4, 5), (3, 6), (4, 1), (1, 6), (6,), (4, 6, 1), (0, 6), ()),
-    bad(V, r"mu.*\[\]", mu=full(), logvar=full()),
+    bad(V, r"mu.*\[\]: mu\[None\] is a batch of one", mu=full(), logvar=full()),
+    bad(T, r"mu.*DiagonalNormal: pass q\.mu and q\.logvar", mu=DiagonalNormal(MU, MU)),
+    bad(T, r"mu.*Normal: q = fastvae\.from_distribution", mu=torch.distributions.Normal(MU, MU)),
+    bad(T, r"mu.*tuple: pass mu and logvar", mu=(MU, MU)),
     bad(T, "mu.*logvar.*float32.*float64", logvar=f64(4, 6)),
     bad(T, "mu.*logvar.*float16.*float32", mu=full(4, 6, dtype=torch.float16)),
     bad(V, "mu.*logvar.*cpu.*meta", logvar=meta(4, 6)),
@@ -131,7 +134,12 @@ PRIOR = [
     bad(T, r"prior.*got", prior=((MU, MU),)),
     bad(T, r"prior.*tuple", prior=((MU, MU), MU)),
     bad(T, r"prior.*NoneType", prior=(None, MU)),
-    bad(T, r"prior.*float", prior=(0.0, 0.0)),
+    bad(T, r"prior.*pair.*numbers, got float", prior=0.0),
+    bad(T, r"prior.*str", prior=("0", 0.0)),
+    bad(T, r"prior.*bool", prior=(False, 0.0)),
+    *(bad(V, rf"prior logvar.*finite.*{v}", prior=(0.0, v)) for v in (NAN, INF, -INF)),
+    bad(T, r"prior.*DiagonalNormal: pass p\.mu and p\.logvar", prior=DiagonalNormal(MU, MU)),
+    bad(T, r"prior.*Normal.*from_distribution\(p\)", prior=torch.distributions.Normal(MU, MU)),
     bad(T, r"prior.*int64", prior=(MU, i64(4, 6))),
     bad(T, r"prior.*complex64", prior=(c64(4, 6), MU)),
     bad(T, r"prior.*float64", prior=(f64(4, 6), f64(4, 6))),
@@ -156,8 +164,14 @@ RECON = [
     bad(V, r"x\b.*\[\]", x=full(), recon=full(3)),
     bad(V, r"meta.*cpu", x=meta(4, 5)),
     *(bad(V, rf"(?i)x\b.*0, 1.*{v}", x=full(4, 5, value=v)) for v in (1.5, -0.25, NAN, INF, -INF)),
-    bad(V, r"x\b.*0, 1.*2", x=torch.full((4, 5), 2, dtype=torch.uint8)),
+    bad(V, r"x\b.*0, 1.*2\]: for pixel values divide by 255",
+        x=torch.full((4, 5), 2, dtype=torch.uint8)),
+    bad(V, r"x\b.*0, 1.*255\.0?\]: for pixel values divide by 255", x=full(4, 5, value=255.0)),
+    bad(V, r"x\b.*0, 1.*256\.0?\]$", x=full(4, 5, value=256.0)),
+    bad(V, r"x\b.*0, 1.*: for data in \[-1, 1\] take \(x \+ 1\) / 2", x=full(4, 5, value=-0.5)),
+    bad(V, r"x\b.*0, 1.*1\.0000001.*\]: rounding\? clamp\(0, 1\)", x=full(4, 5, value=1.0000001)),
     bad(V, r"x\b.*0, 1.*1\.0000", x=f64(4, 5, value=1 + 1e-9), recon=f64(4, 5)),
+    bad(T, r"x\b.*int64: take x\.float\(\), of pixel values x / 255", x=i64(4, 5)),
     # What is masked out is not what is wrong.
     bad(V, r"x\b.*0, 1.*\b2\b", x=torch.tensor([[NAN, 2.0, 0.5, 0.5, 0.5]] * 4),
         mask=torch.tensor([False, True, True, True, True])),
@@ -232,7 +246,10 @@ LOSS = [
     *(bad(V, rf"beta.*{b}", beta=b) for b in (-1, -0.5, NAN, INF, -INF)),
     bad(EITHER, r"beta", beta=10**400),
     *(bad(T, rf"beta.*{type(b).__name__}", beta=b)
-      for b in ("1", None, True, torch.tensor(1.0), [1.0], 1j)),
+      for b in ("1", None, True, [1.0], 1j)),
+    bad(V, r"beta.*one element.*\[2\]", beta=full(2)),
+    bad(T, r"beta.*int64", beta=torch.tensor(1)),
+    *(bad(V, rf"beta.*{v}", beta=full(value=v)) for v in (-0.5, NAN, INF)),
     *(bad(V, r"reduction.*mean.*sum.*none.*" + re.escape(repr(r)), reduction=r)
       for r in ("avg", "", "MEAN", None, 0, ["mean"])),
 ]
@@ -349,7 +366,7 @@ def test_extreme_scale_is_an_error_or_right(scale: float, backend: str) -> None:
     z = (x.double() - mean.double()) / scale
     expected = (-0.5 * z**2 - math.log(scale) - 0.5 * math.log(2 * math.pi)).sum(1)
     try:
-        got = fastvae.log_likelihood(x, mean, Gaussian(scale=scale), backend=require(backend))
+        got = fastvae.log_likelihood(mean, x, Gaussian(scale=scale), backend=require(backend))
     except ValueError as error:
         assert re.search("scale", str(error))  # noqa: PT017
     else:

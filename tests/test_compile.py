@@ -69,7 +69,7 @@ def test_no_operator_fixes_the_batch(reduction: str) -> None:
             recon, x, kl=kl + fastvae.kl_divergence(mu, mu.cos()), likelihood="gaussian_logvar",
             beta=0.5, reduction=reduction, sample_weight=weight, mask=x > 0.3,
         )  # fmt: skip
-        parts = fastvae.log_likelihood(x, recon[0].sigmoid(), "bernoulli_probs").mean(0)
+        parts = fastvae.log_likelihood(recon[0].sigmoid(), x, "bernoulli_probs").mean(0)
         return loss.sum() + (parts * weight).sum()
 
     counter, first = CompileCounterWithBackend("aot_eager"), 0
@@ -156,7 +156,7 @@ def test_compiled_functorch_transforms() -> None:
     vae, x = VAE("bernoulli"), torch.rand(5, 12)
 
     def loss(x: Tensor) -> Tensor:
-        return fastvae.log_likelihood(x[None], vae.decoder(x[None, :5])).sum()
+        return fastvae.log_likelihood(vae.decoder(x[None, :5]), x[None]).sum()
 
     per_sample = torch.vmap(torch.func.grad(loss))
     got = torch.compile(per_sample, fullgraph=True, backend="aot_eager")(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,12 @@ def gathered(t: Tensor) -> list[Tensor]:
     return out
 
 
-def setting(rank: int) -> tuple[VAE, Tensor, Tensor, list[Tensor]]:
+def setting(
+    rank: int, likelihood: Callable[[], Gaussian] = learned
+) -> tuple[VAE, Tensor, Tensor, list[Tensor]]:
     """The model, this rank's rows and their indices, and the gradients of one process."""
     torch.manual_seed(0)
-    vae, x = VAE(learned()), torch.rand(ROWS, 12)
+    vae, x = VAE(likelihood()), torch.rand(ROWS, 12)
     alone = copy.deepcopy(vae)
     alone(x, seed=7, sample_index=torch.arange(ROWS)).backward()
     rows = torch.arange(rank, ROWS, RANKS)  # as DistributedSampler deals them
@@ -81,13 +84,49 @@ def check_ddp(rank: int) -> None:
     assert_same_gradients([p.grad for p in vae.parameters()], want)
 
 
+def check_ddp_terms(rank: int) -> None:
+    """The wrapper itself gives the parts: its hooks average the gradient."""
+    criterion = fastvae.ELBOLoss(Gaussian(logvar="learned"))
+    mean, x, kl = torch.full((3, 5), float(rank)), torch.zeros(3, 5), torch.ones(3)
+    terms = DistributedDataParallel(criterion)(mean, x, kl=kl, return_terms=True)
+    terms.loss.backward()
+    assert torch.equal(terms.kl, torch.tensor(1.0))
+    torch.testing.assert_close(criterion.likelihood.logvar.grad, torch.tensor([1.25]))
+
+
 def check_fsdp2(rank: int) -> None:
-    vae, x, rows, want = setting(rank)
     mesh = init_device_mesh("cpu", (RANKS,))
-    for module in (vae.encoder, vae.decoder, vae):
-        fully_shard(module, mesh=mesh)
-    vae(x, seed=7, sample_index=rows).backward()
-    assert_same_gradients([p.grad.full_tensor() for p in vae.parameters()], want)
+    for likelihood in (learned, partial(Gaussian, logvar="learned")):
+        vae, x, rows, want = setting(rank, likelihood)
+        for module in (vae.encoder, vae.decoder, vae):
+            fully_shard(module, mesh=mesh)
+        vae(x, seed=7, sample_index=rows).backward()
+        assert_same_gradients([p.grad.full_tensor() for p in vae.parameters()], want)
+
+
+def check_fsdp2_terms(rank: int) -> None:
+    """terms() gathers a criterion's own parameters, as a call does."""
+    criterion = fastvae.ELBOLoss(Gaussian(logvar="learned"))
+    fully_shard(criterion, mesh=init_device_mesh("cpu", (RANKS,)))
+    mean, x, kl = torch.full((3, 5), float(rank)), torch.zeros(3, 5), torch.ones(3)
+    criterion.terms(mean, x, kl=kl).loss.backward()
+    (parameter,) = criterion.parameters()
+    torch.testing.assert_close(parameter.grad.full_tensor(), torch.tensor([1.25]))
+
+
+def check_meta_init(rank: int) -> None:
+    """Made on the meta device, sharded, given memory, then set to its start."""
+    with torch.device("meta"):
+        criterion = fastvae.ELBOLoss(Gaussian(logvar="learned"))
+    fully_shard(criterion, mesh=init_device_mesh("cpu", (RANKS,)))
+    criterion.to_empty(device="cpu")
+    (parameter,) = criterion.parameters()
+    with torch.no_grad():
+        parameter.fill_(torch.nan)
+    for module in criterion.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert torch.equal(parameter.full_tensor(), torch.zeros(1))
 
 
 def check_noise(rank: int) -> None:
@@ -124,7 +163,7 @@ def check_dtensor(rank: int) -> None:
         "mu": lambda: fastvae.rsample(mu, mu),
         "logvar": lambda: fastvae.rsample_kl(plain, mu),
         "prior mu": lambda: fastvae.kl_divergence(plain, plain, prior=(mu, mu)),
-        "logits": lambda: fastvae.log_likelihood(plain, mu),
+        "logits": lambda: fastvae.log_likelihood(mu, plain),
         "x": lambda: fastvae.elbo_loss(plain, mu, kl=torch.ones(6)),
         "kl": lambda: fastvae.elbo_loss(
             plain, plain, kl=distribute_tensor(torch.ones(6), mesh, [Shard(0)])
@@ -140,8 +179,9 @@ def check_dtensor(rank: int) -> None:
     assert torch.equal(z, fastvae.rsample(whole, whole, seed=5)[index])
 
 
-@pytest.mark.parametrize(
-    "check", [check_ddp, check_fsdp2, check_noise, check_counters, check_dtensor]
-)
+CHECKS = [check_ddp, check_ddp_terms, check_fsdp2, check_fsdp2_terms, check_meta_init]
+
+
+@pytest.mark.parametrize("check", [*CHECKS, check_noise, check_counters, check_dtensor])
 def test_on_two_ranks(check: Callable[[int], None], tmp_path: Path) -> None:
     on_two_ranks(check, tmp_path)

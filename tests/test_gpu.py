@@ -160,8 +160,8 @@ def losses(name: str) -> dict[str, Callable[[], Tensor]]:
         "rsample_kl": lambda: sum(t.sum() for t in fastvae.rsample_kl(mu, logvar)),
         "kl_divergence": lambda: fastvae.kl_divergence(mu, logvar).sum(),
         "prior": lambda: fastvae.kl_divergence(mu, logvar, prior=prior).sum(),
-        "log_likelihood": lambda: fastvae.log_likelihood(x, recon, likelihood, mask=mask).sum(),
-        "learned": lambda: fastvae.log_likelihood(x, recon[0], learned).sum(),
+        "log_likelihood": lambda: fastvae.log_likelihood(recon, x, likelihood, mask=mask).sum(),
+        "learned": lambda: fastvae.log_likelihood(recon[0], x, learned).sum(),
         "elbo_loss": lambda: fastvae.elbo_loss(
             recon, x, mu, logvar, likelihood=likelihood, prior=prior, sample_weight=weight
         ),
@@ -198,7 +198,7 @@ def test_two_runs_give_the_same_bits(shape: tuple[int, ...]) -> None:
         mu, logvar, recon = leaves
         z, kl = fastvae.rsample_kl(mu, logvar)
         loss = fastvae.elbo_loss(recon + z, x, kl=kl)
-        loss = loss + fastvae.log_likelihood(x, (recon, scale), "gaussian_logvar").sum()
+        loss = loss + fastvae.log_likelihood((recon, scale), x, "gaussian_logvar").sum()
         grads = torch.autograd.grad(loss, [*leaves, scale])
         return [z.detach(), kl.detach(), loss.detach(), *grads]
 
@@ -267,9 +267,9 @@ def needs(gigabytes: int) -> None:
 def test_more_rows_than_a_grid_dimension_holds() -> None:
     """65,535 is the most in all dimensions but the first; here each row has a program."""
     x, logits = torch.rand(70_000, 1024, device="cuda"), normal(70_000, 1024)
-    value = fastvae.log_likelihood(x, logits)
+    value = fastvae.log_likelihood(logits, x)
     (grad,) = torch.autograd.grad(value, logits, torch.linspace(1, 2, 70_000, device="cuda"))
-    eager = fastvae.log_likelihood(x, logits, backend="eager")
+    eager = fastvae.log_likelihood(logits, x, backend="eager")
     (other,) = torch.autograd.grad(eager, logits, torch.linspace(1, 2, 70_000, device="cuda"))
     torch.testing.assert_close(value, eager)
     torch.testing.assert_close(grad, other)
@@ -285,10 +285,10 @@ def test_more_than_2_31_elements_are_read_and_written() -> None:
     x[0, :3] = x[1, -5:] = True
     half = Gaussian(normalized=False)
     zero = torch.zeros((), device="cuda")
-    value = fastvae.log_likelihood(x, zero.expand(2, cols), half)
+    value = fastvae.log_likelihood(zero.expand(2, cols), x, half)
     assert value.tolist() == [-1.5, -2.5]
     mean = torch.zeros(2, cols, dtype=torch.bfloat16, device="cuda").requires_grad_()
-    (grad,) = torch.autograd.grad(fastvae.log_likelihood(x, mean, half).sum(), mean)
+    (grad,) = torch.autograd.grad(fastvae.log_likelihood(mean, x, half).sum(), mean)
     assert torch.equal(grad != 0, x)
     assert (grad[0, :3] == 1).all() and (grad[1, -5:] == 1).all()
 

@@ -36,7 +36,7 @@ def ours(family: Family, backend: str, mask: Tensor | None = None) -> Any:
 
     def function(x: Tensor, *params: Tensor) -> Tensor:
         recon = params[0] if len(params) == 1 else params
-        return fastvae.log_likelihood(x, recon, likelihood, mask=mask, backend=backend)
+        return fastvae.log_likelihood(recon, x, likelihood, mask=mask, backend=backend)
 
     return function
 
@@ -151,7 +151,7 @@ def test_x_of_another_dtype(
     x, *params = family.inputs((4, 35), dtype)
     x = x.to(x_dtype) if x_dtype.is_floating_point else (x > 0.5).to(x_dtype)
     wide = fastvae.log_likelihood(
-        x, params[0] if len(params) == 1 else tuple(params), family.make(), backend=backend
+        params[0] if len(params) == 1 else tuple(params), x, family.make(), backend=backend
     ).dtype
     if torch.float64 not in (dtype, x_dtype) or dtype == torch.float64:
         assert wide == compute_dtype(dtype)
@@ -162,7 +162,7 @@ def test_x_of_another_dtype(
 def test_x_is_not_downcast(backend: str) -> None:
     x = torch.full((1, 1), 0.1)  # 0.1 in bfloat16 is 0.10009765625
     logits = torch.full((1, 1), 64.0, dtype=torch.bfloat16)
-    value = fastvae.log_likelihood(x, logits, backend=backend)
+    value = fastvae.log_likelihood(logits, x, backend=backend)
     torch.testing.assert_close(value, torch.tensor([-57.6]), rtol=1e-6, atol=0)
 
 
@@ -240,7 +240,7 @@ def test_extreme_logvar(dtype: torch.dtype, backend: str) -> None:
 def test_nan_logit_makes_its_row_nan(backend: str) -> None:
     logits = torch.randn(3, 40)
     logits[1, 7] = float("nan")
-    value = fastvae.log_likelihood(torch.rand(3, 40), logits, backend=backend)
+    value = fastvae.log_likelihood(logits, torch.rand(3, 40), backend=backend)
     assert value.isnan().tolist() == [False, True, False]
 
 
@@ -268,12 +268,12 @@ def test_bfloat16_gradients_keep_every_nan(native: None) -> None:
     nans = bits.to(torch.int16).view(torch.bfloat16).repeat(7)
     for x in (torch.zeros(1, 35, dtype=torch.bfloat16), torch.zeros(1, 35)):
         mean = nans[None].clone().requires_grad_()
-        fastvae.log_likelihood(x, mean, "gaussian", backend="cpp").sum().backward()
+        fastvae.log_likelihood(mean, x, "gaussian", backend="cpp").sum().backward()
         assert mean.grad is not None
         assert mean.grad.isnan().all()
     mean = torch.zeros(1, 35, dtype=torch.bfloat16, requires_grad=True)
     x = torch.full((1, 35), -1, dtype=torch.int32).view(torch.float32)  # a NaN of ones alone
-    fastvae.log_likelihood(x, mean, "gaussian", backend="cpp").sum().backward()
+    fastvae.log_likelihood(mean, x, "gaussian", backend="cpp").sum().backward()
     assert mean.grad is not None
     assert mean.grad.isnan().all()
 

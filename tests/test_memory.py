@@ -67,7 +67,7 @@ def test_what_somebody_holds_is_not_handed_out(holder: str) -> None:
 
 def test_what_a_graph_holds_is_not_handed_out() -> None:
     x, leaf = torch.rand(ROWS, COLUMNS), torch.randn(ROWS, COLUMNS, requires_grad=True)
-    losses = [fastvae.log_likelihood(x, leaf * k).sum() for k in (1.0, 2.0, 3.0)]
+    losses = [fastvae.log_likelihood(leaf * k, x).sum() for k in (1.0, 2.0, 3.0)]
     got = [torch.autograd.grad(loss, leaf)[0] for loss in losses]
     for k, g in zip((1.0, 2.0, 3.0), got, strict=True):
         torch.testing.assert_close(g, k * (x - torch.sigmoid(leaf.detach() * k)))
@@ -75,7 +75,7 @@ def test_what_a_graph_holds_is_not_handed_out() -> None:
 
 def test_accumulated_gradients_are_their_own() -> None:
     x, leaf = torch.rand(ROWS, COLUMNS), torch.randn(ROWS, COLUMNS, requires_grad=True)
-    fastvae.log_likelihood(x, leaf).sum().backward()
+    fastvae.log_likelihood(leaf, x).sum().backward()
     assert leaf.grad is not None
     before = leaf.grad.clone()
     others = [sample(float(i)) for i in range(8)]

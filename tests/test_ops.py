@@ -164,7 +164,7 @@ def test_functorch_matches_autograd(family: str) -> None:
     x, recon = likelihood.sample_inputs((5, 7))
 
     def value(*r: Tensor) -> Tensor:
-        return fastvae.log_likelihood(x, r, likelihood).sum()
+        return fastvae.log_likelihood(r, x, likelihood).sum()
 
     leaves = tuple(t.clone().requires_grad_() for t in recon)
     expected = torch.autograd.grad(value(*leaves), leaves)
@@ -240,10 +240,10 @@ def double(*shape: int) -> Tensor:
         lambda a, b: ops.rsample_kl(a, b, SEED),
         lambda a, b: fastvae.kl_divergence(a, b),
         lambda a, b: fastvae.kl_divergence(a, b, prior=(b * 0.5, a * 0.3)),
-        lambda a, b: fastvae.log_likelihood(a.sigmoid(), b),
-        lambda a, b: fastvae.log_likelihood(a.sigmoid(), b.sigmoid(), "bernoulli_probs"),
-        lambda a, b: fastvae.log_likelihood(a, b, Gaussian(scale=0.5)),
-        lambda a, b: fastvae.log_likelihood(a, (b, a.sin()), "gaussian_logvar"),
+        lambda a, b: fastvae.log_likelihood(b, a.sigmoid()),
+        lambda a, b: fastvae.log_likelihood(b.sigmoid(), a.sigmoid(), "bernoulli_probs"),
+        lambda a, b: fastvae.log_likelihood(b, a, Gaussian(scale=0.5)),
+        lambda a, b: fastvae.log_likelihood((b, a.sin()), a, "gaussian_logvar"),
         lambda a, b: fastvae.elbo_loss(b, a.sigmoid(), a, b),
         lambda a, b: fastvae.elbo_loss(b, a, a, b, likelihood="gaussian", reduction="none"),
     ],
@@ -285,7 +285,7 @@ def test_functorch_keeps_the_gradient_of_saturated_probabilities() -> None:
     x, p = torch.tensor([[1.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 1.0, 1e-13, 0.5]])
 
     def value(p: Tensor) -> Tensor:
-        return fastvae.log_likelihood(x, p, "bernoulli_probs").sum()
+        return fastvae.log_likelihood(p, x, "bernoulli_probs").sum()
 
     leaf = p.clone().requires_grad_()
     (expected,) = torch.autograd.grad(value(leaf), leaf)

@@ -384,7 +384,7 @@ def test_logvar_constant_along_each_row_in_any_layout(
     stored = stored.requires_grad_(grad)
     logvar = stored.expand(2, 3, 1)
     recon = (mean, logvar)
-    got = fastvae.log_likelihood(x, recon, "gaussian_logvar", backend=require(backend))
+    got = fastvae.log_likelihood(recon, x, "gaussian_logvar", backend=require(backend))
     expected = plain_gaussian_logvar(x, mean, logvar).sum(-1)
     torch.testing.assert_close(got, expected)
     if grad:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fastvae
 from fastvae.likelihoods import Gaussian
 
+
 def draw(**options: Any) -> Tensor:
     mu = torch.zeros(5, 7)
     return fastvae.rsample(mu, mu, **options)

@@ -47,7 +47,7 @@ class Model:
         self, x: Tensor, mu: Tensor, logvar: Tensor, num_samples: int, backend: str
     ) -> Tensor:  # [K, B]: ln p(x, z) - ln q(z | x)
         z = fastvae.rsample(mu, logvar, num_samples=num_samples, backend=backend)
-        ll = fastvae.log_likelihood(x, self.decode(z), Gaussian(scale=SCALE), backend=backend)
+        ll = fastvae.log_likelihood(self.decode(z), x, Gaussian(scale=SCALE), backend=backend)
         log_prior = Normal(0.0, 1.0).log_prob(z).sum(-1)
         return ll + log_prior - Normal(mu, (logvar / 2).exp()).log_prob(z).sum(-1)
 

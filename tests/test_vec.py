@@ -168,7 +168,7 @@ def test_log_and_log1p_through_probabilities() -> None:
     p = all_exponents(1e-38, 1.0)
     p = p[p >= 0]
     for x, exact in ((1.0, p.double().log()), (0.0, (-p.double()).log1p())):
-        value = fastvae.log_likelihood(torch.full_like(p, x), p, "bernoulli_probs")
+        value = fastvae.log_likelihood(p, torch.full_like(p, x), "bernoulli_probs")
         assert worst(value, exact.clamp_min(-100), p)[0] <= BOUND
 
 
@@ -185,8 +185,8 @@ def test_nan_stays_nan() -> None:
     functions: list[Callable[[], Tensor]] = [
         lambda: fastvae.kl_divergence(nan, torch.zeros(3)),
         lambda: fastvae.kl_divergence(torch.zeros(3), nan),
-        lambda: fastvae.log_likelihood(torch.zeros(3), nan),
-        lambda: fastvae.log_likelihood(torch.zeros(3), nan, "gaussian"),
+        lambda: fastvae.log_likelihood(nan, torch.zeros(3)),
+        lambda: fastvae.log_likelihood(nan, torch.zeros(3), "gaussian"),
         lambda: fastvae.rsample(torch.zeros(3), nan),
     ]
     for f in functions:

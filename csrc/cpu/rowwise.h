@@ -294,6 +294,11 @@ inline void rowwise_range(const RowwiseArgs& a, int64_t begin, int64_t end, unsi
       }
       sums[0] += formula_tile<F, T, X, S, Grad, Masked>(t, mask, n, options, static_cast<T>(scale),
                                                         outside);
+      if (Grad && scale == 0) {  // not 0 · ∞: β may be 0 where the KL is infinite
+        if (t.dx) std::fill_n(t.dx, n, X(0));
+        for (int j = 1; j < F::inputs; ++j)
+          if (t.dparam[j]) std::fill_n(t.dparam[j], n, S(0));
+      }
       if (Grad && t.dx) store_tile(a.grad[0], start, n, t.dx);
       for (int j = 1; Grad && j < F::inputs; ++j) {
         if (!t.dparam[j]) continue;

@@ -129,8 +129,9 @@ inline void sample_backward_as(const SampleBackwardArgs& a) {
       if (a.grad_kl.data) {
         const V in[] = {V::loadu(mu + i, c), lv}, g = V::loadu(grad_kl + i, c);
         const auto kl = StandardKL::eval<V>(in, nullptr);
-        g_mu = fmadd(g, kl.grad[0], g_mu);
-        g_logvar = fmadd(g, kl.grad[1], g_logvar);
+        const auto none = equal(g, V(T(0)));  // not 0 · ∞: β may be 0 where the KL is infinite
+        g_mu = select(none, g_mu, fmadd(g, kl.grad[0], g_mu));
+        g_logvar = select(none, g_logvar, fmadd(g, kl.grad[1], g_logvar));
       }
       g_mu.store(dmu + i, c);
       g_logvar.store(dlogvar + i, c);

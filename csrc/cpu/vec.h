@@ -166,7 +166,7 @@ FASTVAE_INLINE V polynomial(const V& x, const float (&coefficients)[N]) {
   return fmadd(x, polynomial_pairs(x, c), V(coefficients[0]));
 }
 
-// p · 2^n for n in [−150, 129]; overflows to ∞ and rounds into the subnormals.
+// p · 2^n for n in [−252, 252]; overflows to ∞ and rounds into the subnormals.
 FASTVAE_INLINE F32 scale2(const F32& p, const F32& n) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, n);
@@ -178,19 +178,34 @@ FASTVAE_INLINE F32 scale2(const F32& p, const F32& n) {
 #endif
 }
 
-// e^x for x in [−104, 89] or NaN.
-FASTVAE_INLINE F32 exp_clamped(const F32& x) {
+// e^x = p · 2^n with p in [√½, √2], for |x| < 2²² or NaN; products with it are ≤ 1.2 ULP off, and
+// half a one for their own rounding. e^x itself need not be a float: e^x · 0 is 0 for every x.
+struct ExpFactor32 {
+  F32 p, n;
+  friend FASTVAE_INLINE F32 operator*(const ExpFactor32& e, const F32& a) {
+    return scale2(e.p * a, e.n);
+  }
+};
+
+FASTVAE_INLINE ExpFactor32 exp_unclamped(const F32& x) {
   const F32 n = (x * F32(1.44269504f)).round();
   F32 r = fmadd(n, F32(-0.693359375f), x);  // ln 2 in two parts; n times the first is exact
   r = fmadd(n, F32(2.12194440e-4f), r);
   constexpr float c[] = {0.49999991059303284f, 0.16666419804096222f, 0.041668232530355453f,
                          0.008374898694455624f, 0.0013836740981787443f};
-  return scale2(F32(1.f) + fmadd(r * r, polynomial(r, c), r), n);
+  return {F32(1.f) + fmadd(r * r, polynomial(r, c), r), n};
 }
 
-// e^x for every x; at::vec's clamps keep NaN; ≤ 1.2 ULP.
+// e^x as a factor, for every x: beyond ±174 every product with a float but 0 is 0 or ∞ even when
+// squared. at::vec's clamps keep NaN.
+FASTVAE_INLINE ExpFactor32 exp_factor(const F32& x) {
+  return exp_unclamped(at::vec::clamp(x, F32(-174.f), F32(174.f)));
+}
+
+// e^x for every x; ≤ 1.2 ULP.
 FASTVAE_INLINE F32 exp(const F32& x) {
-  return exp_clamped(at::vec::clamp(x, F32(-104.f), F32(89.f)));
+  const ExpFactor32 e = exp_unclamped(at::vec::clamp(x, F32(-104.f), F32(89.f)));
+  return scale2(e.p, e.n);
 }
 
 // table[i mod 8] for each lane.
@@ -356,6 +371,9 @@ FASTVAE_INLINE F32 log1p(const F32& x, const F32& low) {
 FASTVAE_INLINE F32 log1p(const F32& x) { return log1p(x, F32(0.f)); }
 
 FASTVAE_INLINE F64 exp(const F64& x) { return x.exp(); }
+FASTVAE_INLINE F64 exp_factor(const F64& x) {
+  return at::vec::clamp(x, F64(-700.0), F64(700.0)).exp();
+}
 FASTVAE_INLINE F64 exp_negative(const F64& x) { return x.exp(); }
 FASTVAE_INLINE F64 log(const F64& x) { return x.log(); }
 FASTVAE_INLINE F64 log1p(const F64& x) { return x.log1p(); }

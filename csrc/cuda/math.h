@@ -28,8 +28,19 @@ struct PhiExpm1 {
   V phi, expm1;  // e^d − 1 − d, e^d − 1
 };
 
+// e^x as a factor, in two parts: it need not be a number itself where its product is one.
+template <class V>
+struct ExpFactor {
+  V half;
+  friend FASTVAE_INLINE V operator*(const ExpFactor& e, V a) { return e.half * a * e.half; }
+};
+
 #define FASTVAE_SCALAR_MATH(V)                                                             \
   FASTVAE_INLINE V exp(V x) { return ::exp(x); }                                           \
+  FASTVAE_INLINE ExpFactor<V> exp_factor(V x) {                                            \
+    const V limit = sizeof(V) == 4 ? V(174) : V(1400), h = V(0.5);                         \
+    return {::exp(h * (x < -limit ? -limit : x > limit ? limit : x))};                     \
+  }                                                                                        \
   FASTVAE_INLINE V max(V a, V b) { return a >= b || a != a ? a : b; }                      \
   FASTVAE_INLINE FlooredLogs<V> floored_logs(V p, V floor) {                               \
     return {max(::log(p), floor), max(::log1p(-p), floor)};                                \

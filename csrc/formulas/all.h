@@ -10,6 +10,11 @@
 
 namespace fastvae {
 
+// What the arrays of RowwiseArgs have room for.
+#define FASTVAE_FITS(F) static_assert(F::inputs <= max_inputs && F::options <= max_options, #F);
+FASTVAE_FORMULAS(FASTVAE_FITS)
+#undef FASTVAE_FITS
+
 // Calls f(Formula{}) for the formula that `family` names.
 template <class Fn>
 inline auto with_formula(Family family, Fn&& fn) {

@@ -18,7 +18,8 @@ struct Gaussian {
   }
 };
 
-// ln p(x | m, lv) = −½ (lv + (x − m)² e^−lv) + c, with c = options[0].
+// ln p(x | m, lv) = −½ (lv + (x − m)² e^−lv) + c, with c = options[0]. The residual is scaled
+// before it is squared: (x − m)² e^−lv is 0 · ∞ long before the answer is infinite.
 struct GaussianLogvar {
   static constexpr const char* name = "gaussian_logvar";
   static constexpr int inputs = 3;
@@ -29,8 +30,9 @@ struct GaussianLogvar {
   template <class V>
   static FASTVAE_INLINE Result<V, 3> eval(const V (&in)[3], const V* opt) {
     const V half = num<V>(0.5), logvar = in[2];
-    const V d = in[0] - in[1], wd = exp(-logvar) * d, wdd = wd * d;
-    return {opt[0] - half * (logvar + wdd), {-wd, wd, half * (wdd - num<V>(1))}};
+    const auto precision = exp_factor(-half * logvar);  // 1/σ
+    const V u = precision * (in[0] - in[1]), g = precision * u, uu = u * u;
+    return {opt[0] - half * (logvar + uu), {-g, g, half * (uu - num<V>(1))}};
   }
 };
 

@@ -21,7 +21,8 @@ struct StandardKL {
   }
 };
 
-// KL(N(μ, e^lv) ‖ N(μp, e^lvp)) = ½ (φ(lv − lvp) + (μ − μp)² e^−lvp).
+// KL(N(μ, e^lv) ‖ N(μp, e^lvp)) = ½ (φ(lv − lvp) + (μ − μp)² e^−lvp), the distance scaled before it
+// is squared.
 struct NormalKL {
   static constexpr const char* name = "normal_kl";
   static constexpr int inputs = 4;
@@ -31,24 +32,25 @@ struct NormalKL {
 
   template <class V>
   static FASTVAE_INLINE Result<V, 4> eval(const V (&in)[4], const V*) {
-    const V half = num<V>(0.5), d = in[0] - in[2];
-    const V wd = exp(-in[3]) * d, wdd = wd * d;
+    const V half = num<V>(0.5);
+    const auto precision = exp_factor(-half * in[3]);  // 1/σp
+    const V u = precision * (in[0] - in[2]), g = precision * u, uu = u * u;
     const auto e = phi_expm1(in[1] - in[3]);
-    return {half * (e.phi + wdd), {wd, half * e.expm1, -wd, -half * (e.expm1 + wdd)}};
+    return {half * (e.phi + uu), {g, half * e.expm1, -g, -half * (e.expm1 + uu)}};
   }
 };
 
 // z = μ + σ ε, σ = e^(lv/2).
 template <class V>
 FASTVAE_INLINE V sample(const V& mu, const V& logvar, const V& eps) {
-  return mu + exp(num<V>(0.5) * logvar) * eps;
+  return mu + exp_factor(num<V>(0.5) * logvar) * eps;
 }
 
 // dlogvar of the sample, given Σ ε·dz over the samples drawn: ½ σ Σ ε dz  (dμ is Σ dz).
 template <class V>
 FASTVAE_INLINE V sample_dlogvar(const V& logvar, const V& eps_dz) {
   const V half = num<V>(0.5);
-  return half * exp(half * logvar) * eps_dz;
+  return half * (exp_factor(half * logvar) * eps_dz);
 }
 
 }  // namespace fastvae

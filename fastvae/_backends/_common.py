@@ -24,6 +24,7 @@ class Terms(NamedTuple):
 
 
 Prior = tuple[Tensor, Tensor]
+Beta = float | Tensor  # a tensor has one element
 
 
 class Ops(Protocol):
@@ -61,7 +62,7 @@ class Ops(Protocol):
         likelihood: Likelihood,
         mask: Tensor | None,
         weight: Tensor | None,
-        beta: float,
+        beta: Beta,
         reduction: str,
         inplace_backward: bool,
     ) -> tuple[Terms, Tensor]:  # and ln p of each row, [B] or [K, B], detached
@@ -86,10 +87,10 @@ def in_transform() -> bool:
 def readable(t: Tensor) -> bool:
     """Whether values may be checked: a read from another device would stall it, and a traced
     tensor has none yet."""
-    plain = type(t) in (Tensor, torch.nn.Parameter)  # a FakeTensor has no values
-    return (
-        plain and t.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
-    )
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or in_transform():
+        return False
+    # A FakeTensor has no values, as other subclasses of that kind; those that only see calls do.
+    return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def draw_seed(mu: Tensor, generator: torch.Generator | None) -> Tensor:

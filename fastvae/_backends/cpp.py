@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvae._backends import _common
-from fastvae._backends._common import Backend, Prior, Terms, compute_dtype, in_transform
+from fastvae._backends._common import Backend, Beta, Prior, Terms, compute_dtype, in_transform
+from fastvae._math import times_beta
 from fastvae.likelihoods import Likelihood
 
 
@@ -131,25 +132,26 @@ def elbo(
     likelihood: Likelihood,
     mask: Tensor | None,
     weight: Tensor | None,
-    beta: float,
+    beta: Beta,
     reduction: str,
     inplace_backward: bool,
 ) -> tuple[Terms, Tensor]:
-    if not torch.compiler.is_compiling():
-        args = (likelihood.family, likelihood.options, mask, weight)
-        op = _ops.elbo_inplace.default if inplace_backward else _ops.elbo.default
-        *terms, rows = op(x, params, kl, *args, beta, reduction)
+    compiling = torch.compiler.is_compiling()
+    args = (likelihood.family, likelihood.options, mask)
+    op = _ops.elbo_inplace.default if inplace_backward and not compiling else _ops.elbo.default
+    if not compiling and not isinstance(beta, Tensor):
+        *terms, rows = op(x, params, kl, *args, weight, beta, reduction)
         return Terms(*terms), rows
-    # Traced, an op's float is a constant: each β of an annealing schedule, and for the mean each
-    # batch size, would compile again.
+    # A tensor; or traced, where an op's float is a constant: each β of an annealing schedule, and
+    # for the mean each batch size, would compile again.
     kl = kl.to(compute_dtype(torch.promote_types(kl.dtype, params[0].dtype)))
     if reduction == "mean":
         mean = kl.new_ones(x.shape[:1]) / max(x.shape[0], 1)
         weight = mean if weight is None else weight * mean
         reduction = "sum"
-    args = (likelihood.family, likelihood.options, mask, weight)
-    loss, ll, _, rows = _ops.elbo.default(x, params, kl * beta, *args, 1.0, reduction)
-    weighted = kl.detach() if weight is None else kl.detach() * weight
+    beta_kl = times_beta(kl, beta.reshape(()) if isinstance(beta, Tensor) else beta)
+    loss, ll, _, rows = op(x, params, beta_kl, *args, weight, 1.0, reduction)
+    weighted = kl.detach() if weight is None else kl.detach() * weight.detach()
     if reduction == "sum":
         weighted = weighted.sum()
     return Terms(loss, ll, weighted.to(loss.dtype)), rows

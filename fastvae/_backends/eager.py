@@ -11,11 +11,13 @@ from torch import Tensor
 from fastvae._backends import _common
 from fastvae._backends._common import (
     Backend,
+    Beta,
     Prior,
     Terms,
     compute_dtype,
     readable,
 )
+from fastvae._math import phi, times_beta, times_exp
 from fastvae.likelihoods import Likelihood
 
 draw_seed = _common.draw_seed
@@ -91,7 +93,7 @@ def rsample(
     eps = _noise(seed, mu.shape, num_samples or 1, sample_offset, sample_index).to(dtype)
     if num_samples is None:
         eps = eps.squeeze(0)
-    return (mu.to(dtype) + (0.5 * logvar.to(dtype)).exp() * eps).to(mu.dtype)
+    return (mu.to(dtype) + times_exp(eps, 0.5 * logvar.to(dtype))).to(mu.dtype)
 
 
 def rsample_kl(
@@ -106,32 +108,39 @@ def rsample_kl(
     return z, kl_divergence(mu, logvar, None)
 
 
-def _phi(d: Tensor) -> Tensor:
-    """e^d − 1 − d without cancellation: its series where |d| < 1 (d^20 / 20! is below 1e-18)."""
-    s = d.clamp(-1, 1)
-    series = torch.full_like(s, 1 / math.factorial(20))
-    for k in range(19, 1, -1):
-        series = series * s + 1 / math.factorial(k)
-    return torch.where(d.abs() < 1, series * s * s, d.expm1() - d)
-
-
 def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
     dtype = compute_dtype(mu.dtype)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
     if prior is None:
-        kl = 0.5 * (mu.square() + _phi(logvar))
+        kl = 0.5 * (mu.square() + phi(logvar))
     else:
         prior_mu, prior_logvar = (t.to(dtype) for t in prior)
-        distance = (mu - prior_mu).square() * (-prior_logvar).exp()
-        kl = 0.5 * (_phi(logvar - prior_logvar) + distance)
+        distance = times_exp(mu - prior_mu, -0.5 * prior_logvar)  # before it is squared
+        kl = 0.5 * (phi(logvar - prior_logvar) + distance.square())
     return kl.flatten(1).sum(1) if kl.dim() > 1 else kl
 
 
 def _check_unit(name: str, t: Tensor, family: str) -> None:
-    if readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(
-            f"{name} must lie in [0, 1] for {family}, got values in [{t.min()}, {t.max()}]"
-        )
+    if not readable(t) or bool(((t >= 0) & (t <= 1)).all()):
+        return
+    low, high = t.min().item(), t.max().item()
+    raise ValueError(
+        f"{name} must lie in [0, 1] for {family}, got values in [{low}, {high}]"
+        f"{_way_into_unit(low, high, name == 'x')}"
+    )
+
+
+def _way_into_unit(low: float, high: float, data: bool) -> str:
+    """What to do about values in [low, high]; as csrc/rowwise.cpp says it."""
+    if low >= -1e-3 and high <= 1 + 1e-3:
+        return ": rounding? clamp(0, 1) removes it"
+    if not data:
+        return ": are they logits? likelihood 'bernoulli' takes those"
+    if low >= 0 and high <= 255:
+        return ": for pixel values divide by 255"
+    if low >= -1 and high <= 1:
+        return ": for data in [-1, 1] take (x + 1) / 2"
+    return ""
 
 
 def log_likelihood(
@@ -162,25 +171,33 @@ def elbo(
     likelihood: Likelihood,
     mask: Tensor | None,
     weight: Tensor | None,
-    beta: float,
+    beta: Beta,
     reduction: str,
     inplace_backward: bool,  # autograd keeps what it keeps
 ) -> tuple[Terms, Tensor]:
     rows = log_likelihood(x, params, likelihood, mask)
     ll = rows.mean(0) if rows.dim() == 2 else rows
     kl = kl.to(torch.promote_types(kl.dtype, ll.dtype))
-    parts = (beta * kl - ll, ll.detach(), kl.detach())
+    if isinstance(beta, float) and not torch.compiler.is_compiling() and beta == 0:
+        loss = -ll  # no gradient for the KL, which may be infinite
+    else:
+        loss = times_beta(kl, beta if isinstance(beta, float) else beta.reshape(())) - ll
+    parts = (loss, ll.detach(), kl.detach())
     if weight is not None:
-        weight = weight.to(parts[0].dtype)
-        parts = (parts[0] * weight, parts[1] * weight, parts[2] * weight)
+        weight = weight.to(loss.dtype)
+        fixed = weight.detach()
+        parts = (loss * weight, parts[1] * fixed, parts[2] * fixed)
     if reduction != "none":
         count = max(x.shape[0], 1) if reduction == "mean" else 1
         parts = (parts[0].sum() / count, parts[1].sum() / count, parts[2].sum() / count)
     return Terms(*parts), rows.detach()
 
 
-def count_nonfinite(state: Tensor, rows: Tensor, kl: Tensor, weight: Tensor | None) -> None:
-    """Adds a call to the counters of csrc/nonfinite.cpp. No value is read back."""
+def count_nonfinite(state: Tensor, rows: Tensor, kl: Tensor, weight: Tensor | None = None) -> None:
+    """Adds a call to the counters of csrc/nonfinite.cpp. No value is read back.
+
+    As an operator's kernel it is called without the arguments that equal the schema's defaults.
+    """
     size = rows.shape[-1]
     if size == 0:
         return

@@ -25,13 +25,20 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _look() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed here: pip install 'triton>=3.7.1'"
+    return None
+
+
+_REASON = _look()  # once: torch.compile can't trace a look at the file system
+
+
 def missing() -> str | None:
     """What keeps the kernels from running, whatever the device."""
     if not cpp.status().available:
         return "the operators are part of the C++ extension, and " + cpp.status().detail
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed here: pip install 'triton>=3.7.1'"
-    return None
+    return _REASON
 
 
 def status() -> Backend:

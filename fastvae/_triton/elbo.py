@@ -54,7 +54,8 @@ def elbo_reduce_kernel(
         kl_row = tl.sum(kl_row, 0)
         at = program
         valid = program >= 0
-    loss = number(beta, tl.float64) * kl_row - ll
+    b_kl = number(beta, tl.float64)
+    loss = tl.where(b_kl == 0.0, 0.0, b_kl * kl_row) - ll  # β may be 0 where the KL is infinite
     if loss_out is not None:
         tl.store(loss_out + at, loss.to(loss_out.dtype.element_ty), mask=valid)
     out_type: tl.constexpr = log_likelihood_out.dtype.element_ty

@@ -80,17 +80,45 @@ def exp_parts(x):
 
 
 @triton.jit
+def clamp(x, low, high):
+    """Keeps NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def scale2(p, bits):
+    """p · 2^n for n in [−252, 252], given as `round_even` does."""
+    n = bits - MAGIC_BITS
+    half = n >> 1  # in two factors: 2^±150 is no float
+    return p * float_bits((half + 127) << 23) * float_bits((n - half + 127) << 23)
+
+
+@triton.jit
 def exp(x):
     """e^x for every x; ≤ 1.2 ULP."""
     if x.dtype == tl.float64:
         y = tl.exp(x)
     else:
-        x = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))  # keeps NaN
-        p, bits = exp_parts(x)
-        n = bits - MAGIC_BITS
-        half = n >> 1  # in two factors: 2^±150 is no float
-        y = p * float_bits((half + 127) << 23) * float_bits((n - half + 127) << 23)
+        p, bits = exp_parts(clamp(x, -104.0, 89.0))
+        y = scale2(p, bits)
     return y
+
+
+@triton.jit
+def exp_factor(x):
+    """e^x for `times`, for every x: it need not be a float itself where the product is one."""
+    if x.dtype == tl.float64:
+        factor = tl.exp(clamp(x, -700.0, 700.0)), 0
+    else:  # beyond ±174 every product with a float but 0 is 0 or ∞ even when squared
+        factor = exp_parts(clamp(x, -174.0, 174.0))
+    return factor
+
+
+@triton.jit
+def times(a, factor):
+    """a e^x, with an `exp_factor`."""
+    p, bits = factor
+    return a * p if a.dtype == tl.float64 else scale2(a * p, bits)
 
 
 @triton.jit

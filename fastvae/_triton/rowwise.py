@@ -93,6 +93,10 @@ def rowwise_kernel(
         of_row = weight + row_of(row, batch, BATCHED[n + 1]) * weight_stride
         factor = factor * widen(tl.load(of_row, mask=in_rows, other=0.0), COMPUTE)
 
+    some = in_rows
+    if weight is not None:  # not 0 · ∞: β may be 0 where the KL is infinite
+        some = in_rows & (factor != 0.0)
+
     total = tl.zeros((R, C), COMPUTE)
     sums = ()
     for j in tl.static_range(n):
@@ -120,7 +124,7 @@ def rowwise_kernel(
         new = ()
         for j in tl.static_range(n):
             if NEEDS[j] > 0:
-                gradient = tl.where(valid, factor * g[j], 0.0)
+                gradient = tl.where(valid & some, factor * g[j], 0.0)
                 if NEEDS[j] == 2:
                     new = new + (sums[len(new)] + gradient,)
                 else:

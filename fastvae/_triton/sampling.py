@@ -144,8 +144,9 @@ def sample_backward_kernel(
             m = tl.load(mu + row * mu_stride + col * MU_COL, mask=valid, other=0.0).to(COMPUTE)
             w = tl.load(grad_kl + row * grad_kl_stride, mask=in_rows, other=0.0).to(COMPUTE)
             _, d = standard_kl((m, lv), ())
-            g_mu = tl.fma(w + tl.zeros_like(m), d[0], g_mu)
-            g_logvar = tl.fma(w + tl.zeros_like(m), d[1], g_logvar)
+            some = w != 0.0  # not 0 · ∞: β may be 0 where the KL is infinite
+            g_mu = tl.where(some, tl.fma(w + tl.zeros_like(m), d[0], g_mu), g_mu)
+            g_logvar = tl.where(some, tl.fma(w + tl.zeros_like(m), d[1], g_logvar), g_logvar)
         out = row * cols + col
         tl.store(grad_mu + out, g_mu.to(grad_mu.dtype.element_ty), mask=valid)
         tl.store(grad_logvar + out, g_logvar.to(grad_logvar.dtype.element_ty), mask=valid)

@@ -1,10 +1,22 @@
 """What every likelihood family is."""
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+
+def number(name: str, value: object, or_else: str = "") -> float:
+    """A number, numpy's too, as a float; raises TypeError for anything else. inf for 10**400."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number{or_else}, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 class Likelihood(nn.Module):

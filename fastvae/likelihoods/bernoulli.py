@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastvae.likelihoods._base import Likelihood
+from fastvae.likelihoods._base import Likelihood, number
 
 
 class Bernoulli(Likelihood):
@@ -76,11 +76,9 @@ class BernoulliProbs(Likelihood):
 
     def __init__(self, log_min: float = -100.0) -> None:
         super().__init__()
-        if isinstance(log_min, bool) or not isinstance(log_min, (int, float)):
-            raise TypeError(f"log_min must be a number, got {type(log_min).__name__}")
-        if not -3e38 < log_min < 0:
+        self.log_min = number("log_min", log_min)
+        if not -3e38 < self.log_min < 0:
             raise ValueError(f"log_min must be a finite negative number, got {log_min}")
-        self.log_min = float(log_min)
 
     @property
     def options(self) -> Sequence[float]:

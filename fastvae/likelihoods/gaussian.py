@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastvae.likelihoods._base import Likelihood
+from fastvae._math import times_exp
+from fastvae.likelihoods._base import Likelihood, number
 
 _HALF_LN_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -20,7 +21,7 @@ class Gaussian(Likelihood):
         normalized: False drops the constant −ln σ − ½ ln 2π of each element, so that −ln p is the
             half squared error over σ². Fixed scale only.
         logvar: ln σ² instead of a fixed scale:
-            ``"learned"``, one scalar parameter of this module, ``logvar``, that starts at 0
+            ``"learned"``, one parameter of this module, ``logvar`` of shape [1], that starts at 0
             (σ-VAE, Rybkin et al. 2021);
             a tensor that broadcasts to the event shape (registered as a buffer, or as a parameter
             if it is an ``nn.Parameter``; a tensor that requires grad receives its gradient);
@@ -41,16 +42,13 @@ class Gaussian(Likelihood):
         super().__init__()
         if logvar is not None and (scale is not None or not normalized):
             raise ValueError("scale and normalized belong to a fixed scale, got logvar as well")
-        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-            raise TypeError(
-                f"scale must be a number, got {type(scale).__name__} (logvar= takes tensors)"
-            )
-        if scale is not None and not 1e-18 <= scale <= 1e18:  # 1 / scale² must be a float32
+        self.scale = 1.0 if scale is None else number("scale", scale, " (logvar= takes tensors)")
+        if not 1e-18 <= self.scale <= 1e18:  # 1 / scale² must be a float32
             raise ValueError(f"scale must be in [1e-18, 1e18], got {scale}")
-        self.scale = 1.0 if scale is None else float(scale)
         self.normalized = normalized
         self.family = "gaussian" if logvar is None else "gaussian_logvar"
         self.param_names = ("mean",)
+        self.learned = isinstance(logvar, str) and logvar == "learned"
         self.logvar: Tensor | None = None
         if isinstance(logvar, nn.Parameter):
             self.logvar = logvar
@@ -59,8 +57,9 @@ class Gaussian(Likelihood):
             self.register_buffer("logvar", logvar)
         elif logvar is not None and not isinstance(logvar, str):
             raise TypeError(f"logvar must be a tensor or a name, got {type(logvar).__name__}")
-        elif logvar == "learned":
-            self.logvar = nn.Parameter(torch.zeros(()))
+        elif self.learned:
+            self.logvar = nn.Parameter(torch.empty(1))  # FSDP2 shards no scalars
+            self.reset_parameters()
         elif logvar == "per_element":
             self.param_names = ("mean", "logvar")
         elif logvar is not None:
@@ -70,6 +69,11 @@ class Gaussian(Likelihood):
                 raise TypeError(f"logvar must be a floating tensor, got {self.logvar.dtype}")
             self.own_param_names = ("logvar",)
 
+    def reset_parameters(self) -> None:
+        """Sets a learned log-variance to its start, 0: after the meta device and ``to_empty``."""
+        if self.learned and self.logvar is not None:
+            nn.init.zeros_(self.logvar)
+
     @property
     def options(self) -> Sequence[float]:
         if self.family == "gaussian_logvar":
@@ -78,14 +82,23 @@ class Gaussian(Likelihood):
         return (self.scale**-2, constant)
 
     def params(self, recon: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return recon if self.logvar is None else (*recon, self.logvar)
+        if self.logvar is None:
+            return recon
+        if hasattr(self.logvar, "grad_sample"):
+            raise TypeError(
+                "logvar is a parameter of Opacus', and no per-sample gradient can be made of it: "
+                "leave the criterion out of its GradSampleModule, or let the decoder give logvar"
+            )
+        return (*recon, self.logvar)
 
     def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
         if self.family == "gaussian_logvar":
             mean, logvar = params
-            return -0.5 * (logvar + (x - mean).square() * (-logvar).exp()) - _HALF_LN_2PI
+            u = times_exp(x - mean, -0.5 * logvar)  # before it is squared
+            return -0.5 * (logvar + u.square()) - _HALF_LN_2PI
         precision, constant = self.options
-        return constant - 0.5 * precision * (x - params[0]).square()
+        d = x - params[0]
+        return constant - 0.5 * (precision * d) * d  # d² may be no number where this is
 
     def sample_inputs(
         self, shape: Sequence[int], generator: torch.Generator | None = None

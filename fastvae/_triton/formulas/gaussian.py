@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl  # noqa: F401  (the interpreter asks for it)
 
-from fastvae._triton.math import exp
+from fastvae._triton.math import exp_factor, times
 
 
 @triton.jit
@@ -18,10 +18,11 @@ def gaussian(inputs, constants):
 
 @triton.jit
 def gaussian_logvar(inputs, constants):
-    """ln p(x | m, lv) = −½ (lv + (x − m)² e^−lv) + c."""
+    """ln p(x | m, lv) = −½ (lv + (x − m)² e^−lv) + c; scaled before it is squared."""
     x, mean, logvar = inputs
     (c,) = constants
-    d = x - mean
-    wd = exp(-logvar) * d
-    wdd = wd * d
-    return c - 0.5 * (logvar + wdd), (-wd, wd, 0.5 * (wdd - 1.0))
+    precision = exp_factor(-0.5 * logvar)  # 1/σ
+    u = times(x - mean, precision)
+    g = times(u, precision)
+    uu = u * u
+    return c - 0.5 * (logvar + uu), (-g, g, 0.5 * (uu - 1.0))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl  # noqa: F401  (the interpreter asks for it)
 
-from fastvae._triton.math import exp, phi_expm1
+from fastvae._triton.math import exp_factor, phi_expm1, times
 
 
 @triton.jit
@@ -16,22 +16,24 @@ def standard_kl(inputs, constants):
 
 @triton.jit
 def normal_kl(inputs, constants):
-    """KL(N(μ, e^lv) ‖ N(μp, e^lvp)) = ½ (φ(lv − lvp) + (μ − μp)² e^−lvp)."""
+    """KL(N(μ, e^lv) ‖ N(μp, e^lvp)) = ½ (φ(lv − lvp) + (μ − μp)² e^−lvp), the distance scaled
+    before it is squared."""
     mu, logvar, prior_mu, prior_logvar = inputs
-    d = mu - prior_mu
-    wd = exp(-prior_logvar) * d
-    wdd = wd * d
+    precision = exp_factor(-0.5 * prior_logvar)  # 1/σp
+    u = times(mu - prior_mu, precision)
+    g = times(u, precision)
+    uu = u * u
     phi, expm1 = phi_expm1(logvar - prior_logvar)
-    return 0.5 * (phi + wdd), (wd, 0.5 * expm1, -wd, -0.5 * (expm1 + wdd))
+    return 0.5 * (phi + uu), (g, 0.5 * expm1, -g, -0.5 * (expm1 + uu))
 
 
 @triton.jit
 def sample(mu, logvar, eps):
     """z = μ + σ ε, σ = e^(lv/2)."""
-    return mu + exp(0.5 * logvar) * eps
+    return mu + times(eps, exp_factor(0.5 * logvar))
 
 
 @triton.jit
 def sample_dlogvar(logvar, eps_dz):
     """dlogvar of the sample, given Σ ε·dz over the samples drawn: ½ σ Σ ε dz."""
-    return 0.5 * exp(0.5 * logvar) * eps_dz
+    return 0.5 * times(eps_dz, exp_factor(0.5 * logvar))

@@ -1,0 +1,189 @@
+"""Finite wherever float64 says that the answer is a float32: no 0 · ∞, no square that overflows.
+
+Every family and KL over parameters that reach far beyond what float32's exponential holds, value
+and gradient of each element against the float64 oracle.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+import fastvae
+from fastvae import reference
+from fastvae.likelihoods import Gaussian, registry
+
+LOGVAR = [*range(-200, 201, 8), -177.5, -177.4, -89.0, -88.8, -88.7, 88.7, 88.8, 177.4, 177.5]
+RESIDUAL = [sign * r for r in (0.0, 1e-20, 1e-10, 1.0, 1e10) for sign in (1, -1)]
+LOGIT = [*range(-200, 201, 10), 1e-3, -1e-3]
+TARGET = [0.0, 1e-20, 0.3, 1.0]
+PROB = [0.0, 1e-38, 1e-20, 1e-8, 0.5, 1 - 2.0**-24, 1.0]
+SCALE = [1e-18, 1e-9, 1.0, 1e9, 1e18]
+
+Formula = Callable[..., Tensor]
+
+
+def grid(*axes: Sequence[float]) -> list[Tensor]:
+    """One float32 vector per axis: their product, element by element."""
+    return list(torch.tensor(list(itertools.product(*axes)), dtype=torch.float32).cpu().T)
+
+
+def gaussian(name: str, backend: str) -> list[tuple[Formula, Formula, list[Tensor]]]:
+    residual, logvar = grid(RESIDUAL, LOGVAR)
+    zero = torch.zeros_like(residual)
+    if name == "gaussian_logvar":
+        return [(ours(name, backend), reference.gaussian_logvar, [residual, zero, logvar])]
+    (residual,) = grid(RESIDUAL)
+    return [
+        (
+            ours(Gaussian(scale=s), backend),
+            lambda x, m, s=s: reference.gaussian(x, m, scale=s),
+            [residual, torch.zeros_like(residual)],
+        )
+        for s in SCALE
+    ]
+
+
+def ours(likelihood: Any, backend: str) -> Formula:
+    def formula(x: Tensor, *recon: Tensor) -> Tensor:
+        return fastvae.log_likelihood(recon, x, likelihood, backend=backend)
+
+    return formula
+
+
+FAMILIES: dict[str, Callable[[str, str], list[tuple[Formula, Formula, list[Tensor]]]]] = {
+    "bernoulli": lambda n, b: [(ours(n, b), reference.bernoulli, grid(TARGET, LOGIT))],
+    "bernoulli_probs": lambda n, b: [(ours(n, b), reference.bernoulli_probs, grid(TARGET, PROB))],
+    "gaussian": gaussian,
+    "gaussian_logvar": gaussian,
+}
+
+
+def check(formula: Formula, oracle: Formula, inputs: list[Tensor], what: str) -> None:
+    """Each element's value and gradients, its error relative to the exact number or, of a sum of
+    terms, to the largest of them."""
+    with torch.device("cpu"):
+        wide = [t.double().requires_grad_() for t in inputs]
+        exact = oracle(*wide)
+        exact_grads = torch.autograd.grad(exact.sum(), wide)
+    on = torch.empty(0).device  # the default one
+    leaves = [t.detach().to(on).clone().requires_grad_() for t in inputs]
+    value = formula(*leaves)
+    grads = torch.autograd.grad(value.sum(), leaves)
+    for i, (got, want) in enumerate(zip((value, *grads), (exact, *exact_grads), strict=True)):
+        label = f"{what}: {'value' if i == 0 else f'gradient {i - 1}'}"
+        got, want = got.detach().cpu(), want.detach()
+        expected = want.float()
+        # The value adds terms of the inputs' size; a log-variance's gradient is one less ½.
+        scale = want.abs() + (1 + sum(t.detach().abs() for t in wide) if i == 0 else 0.5 * (i > 1))
+        finite = expected.isfinite()
+        error = (got.double() - want).abs()
+        bound = 16 * 2.0**-23 * scale + 4 * 2.0**-126
+        bad = torch.where(finite, ~(error <= bound), got != expected)
+        # Next to float32's largest number a rounding decides between it and infinity.
+        bad &= ~((want.abs() > 3.4e38) & (want.abs() < 3.41e38))
+        if bool(bad.any()):
+            at = int(bad.nonzero()[0])
+            raise AssertionError(
+                f"{label}: at {[t[at].item() for t in inputs]} got {float(got[at]):.9g}, float64 "
+                f"says {float(want[at]):.9g}; {int(bad.sum())} of {len(bad)} are wrong"
+            )
+
+
+@pytest.mark.parametrize("name", registry)
+def test_every_family(name: str, backend: str) -> None:
+    for formula, oracle, inputs in FAMILIES[name](name, backend):
+        check(formula, oracle, inputs, name)
+
+
+def test_kl_to_the_standard_normal(backend: str) -> None:
+    inputs = grid(RESIDUAL, LOGVAR)
+    check(
+        lambda m, lv: fastvae.kl_divergence(m, lv, backend=backend),
+        reference.kl_elementwise,
+        inputs,
+        "kl",
+    )
+
+
+def test_kl_to_a_prior(backend: str) -> None:
+    residual, logvar, prior_logvar = grid(RESIDUAL, [-200.0, -88.8, 0.0, 88.8, 200.0], LOGVAR)
+    inputs = [residual, logvar, torch.zeros_like(residual), prior_logvar]
+    check(
+        lambda m, lv, pm, plv: fastvae.kl_divergence(m, lv, prior=(pm, plv), backend=backend),
+        lambda m, lv, pm, plv: reference.kl_elementwise(m, lv, (pm, plv)),
+        inputs,
+        "kl",
+    )
+
+
+def test_kl_to_a_prior_near_the_posterior(backend: str) -> None:
+    residual, logvar = grid(RESIDUAL, LOGVAR)
+    inputs = [residual, logvar, torch.zeros_like(residual), logvar]
+    check(
+        lambda m, lv, pm, plv: fastvae.kl_divergence(m, lv, prior=(pm, plv), backend=backend),
+        lambda m, lv, pm, plv: reference.kl_elementwise(m, lv, (pm, plv)),
+        inputs,
+        "kl",
+    )
+
+
+def test_log_prob_of_the_distribution() -> None:
+    residual, logvar = grid(RESIDUAL, LOGVAR)
+    check(
+        lambda z, m, lv: fastvae.DiagonalNormal(m, lv).log_prob(z),
+        lambda z, m, lv: Normal(m, (lv / 2).exp(), validate_args=False).log_prob(z),
+        [residual, torch.zeros_like(residual), logvar],
+        "log_prob",
+    )
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "double"])
+def test_transforms(transform: str) -> None:
+    """The composites behind torch.func and double backward."""
+    residual, logvar = grid(RESIDUAL, LOGVAR)
+
+    def value(m: Tensor, lv: Tensor) -> Tensor:
+        ll = fastvae.log_likelihood((m, lv), torch.zeros_like(m), "gaussian_logvar")
+        return ll - fastvae.kl_divergence(m, torch.zeros_like(m), prior=(torch.zeros_like(m), lv))
+
+    exact = gradients(
+        lambda m, lv: (
+            reference.gaussian_logvar(torch.zeros_like(m), m, lv)
+            - reference.kl_elementwise(m, torch.zeros_like(m), (torch.zeros_like(m), lv))
+        ),
+        residual.double(),
+        logvar.double(),
+    )
+    ones = torch.ones_like(residual)
+    if transform == "grad":
+        got = torch.func.grad(lambda m, lv: value(m, lv).sum(), argnums=(0, 1))(residual, logvar)
+    elif transform == "vmap":
+        got = torch.vmap(torch.func.grad(lambda m, lv: value(m[None], lv[None]).sum(), (0, 1)))(
+            residual, logvar
+        )
+    elif transform == "jvp":
+        tangents = [(ones, 0 * ones), (0 * ones, ones)]
+        got = tuple(torch.func.jvp(value, (residual, logvar), t)[1] for t in tangents)
+    else:
+        leaves = residual.clone().requires_grad_(), logvar.clone().requires_grad_()
+        got = torch.autograd.grad(value(*leaves).sum(), leaves, create_graph=True)
+        got = tuple(g.detach() for g in got)
+    for i, (g, want) in enumerate(zip(got, exact, strict=True)):
+        fits = want.abs() < 3e37  # room for the product of a factor and a tangent
+        if transform == "jvp":  # the tangent of the scaled residual is 1/σ itself
+            fits &= logvar > -170
+        size = want.abs() + 1
+        assert g[fits].isfinite().all(), (transform, i)
+        assert ((g.double() - want).abs() <= 32 * 2.0**-23 * size)[fits].all(), (transform, i)
+
+
+def gradients(formula: Formula, *inputs: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    return torch.autograd.grad(formula(*leaves).sum(), leaves)
