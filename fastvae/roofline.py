@@ -68,6 +68,7 @@ class Row:
     instructions: float
     registers: int
     spilled_bytes: int
+    doubles: list[float]  # see aot.Artefact
     seconds: float
 
     @property
@@ -223,6 +224,7 @@ def measure(case: Case, arch: str, dtype_name: str) -> Row:
         instructions=(inside + outside) / elements,
         registers=built.registers,
         spilled_bytes=built.spilled_bytes,
+        doubles=built.doubles,
         seconds=built.seconds,
     )
 

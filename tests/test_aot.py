@@ -4,7 +4,9 @@ wide its accesses are, how many bytes it moves. Values are the interpreter's bus
 from __future__ import annotations
 
 import json
+import math
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +84,41 @@ def test_nothing_spills(compiled: dict[str, Rows], arch: str, dtype: str, which:
     assert all(row["registers"] > 0 for row in rows)
 
 
+def rounded_to_float32(number: float) -> bool:
+    """Whether it has a float32's 24 bits and needs more than 12: a literal that lost the others."""
+    mantissa = math.frexp(number)[0]
+    return (mantissa * 2**24).is_integer() and not (mantissa * 2**12).is_integer()
+
+
+def assert_doubles_are_whole(rows: Rows) -> None:
+    """Triton takes some literals for float32: those in a tuple that is given a name, and before 3.9
+    those that stand alone in a call. The interpreter, where values are tested, takes none."""
+    found = {row["case"]: row["doubles"] for row in rows}
+    for case, doubles in found.items():
+        assert [d for d in doubles if rounded_to_float32(d)] == [], case
+    assert {1 / 6, 1 / math.factorial(20)} < set(found["standard_kl+grad"])
+    assert 1e-12 in found["bernoulli_probs+grad"]
+
+
+@artefacts
+def test_no_constant_of_float64_is_a_rounded_float32(compiled: dict[str, Rows], arch: str) -> None:
+    for number in (1 / 6, 1e-12, -100 / 3):
+        lost = struct.unpack("f", struct.pack("f", number))[0]
+        assert rounded_to_float32(lost) and not rounded_to_float32(number)
+    rows = [*compiled["aligned"], *compiled["variants"]]
+    assert_doubles_are_whole(select(rows, arch, "float64"))
+
+
+@artefacts
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_float64_is_kept_out_of_other_kernels(
+    compiled: dict[str, Rows], arch: str, dtype: str
+) -> None:
+    rows = [*compiled["aligned"], *compiled["variants"]]
+    found = {row["case"]: row["doubles"] for row in select(rows, arch, dtype) if row["doubles"]}
+    assert {case.split()[0] for case in found} <= {"elbo_reduce"}
+
+
 @artefacts
 @dtypes
 def test_the_designed_bytes_move_in_128_bit_accesses(
@@ -152,6 +189,9 @@ def test_the_oldest_triton_passes(tmp_path: Path) -> None:
     assert len(rows) == 4 * len(KERNELS)
     for row in rows:
         assert row["spilled_bytes"] == 0 and row["bytes"] == row["designed_bytes"], row
+    few = ["--arch", "sm_80", "--dtype", "float64", "--json", str(out)]
+    run("-m", "fastvae.roofline", *few, TRITON_INTERPRET="0")
+    assert_doubles_are_whole(json.loads(out.read_text()))
 
 
 def test_report_says_that_it_predicts() -> None:

@@ -6,6 +6,7 @@ Not for TRITON_INTERPRET=1, under which there is nothing to compile.
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 import time
@@ -50,6 +51,7 @@ class Artefact:
     registers: int
     spilled_bytes: int  # of memory that the compiler took for lack of registers
     instructions: list[Instruction]
+    doubles: list[float]  # the float64 constants in Triton's intermediate code
     seconds: float  # to compile
 
     @property
@@ -126,12 +128,26 @@ def compile_launches(arch: str, run: Callable[[], None]) -> list[Artefact]:
         compiled = kernel.warmup(*args, grid=(programs,), **constexprs, **options(target.warp_size))
         seconds = time.perf_counter() - start
         read = read_nvidia if target.backend == "cuda" else read_amd
-        artefacts.append(Artefact(kernel.__name__, arch, constexprs, *read(compiled), seconds))
+        doubles = parse_doubles(compiled.asm["ttir"])
+        artefacts.append(
+            Artefact(kernel.__name__, arch, constexprs, *read(compiled), doubles, seconds)
+        )
 
     driver.set_active(Driver())  # for the rest of the process: this is a tool's, not a user's
     with launches_to(build):
         run()
     return artefacts
+
+
+def parse_doubles(ttir: str) -> list[float]:
+    """Scalars, and what tensors are filled with; infinities and NaN are written as their bits."""
+
+    def number(text: str) -> float:
+        bits = text.startswith("0x")
+        return struct.unpack(">d", bytes.fromhex(text[2:]))[0] if bits else float(text)
+
+    found = re.findall(r"arith\.constant (?:dense<)?([^\s>]+)>? : (?:tensor<[\dx]+x)?f64\b", ttir)
+    return [number(text) for text in found]
 
 
 def read_nvidia(compiled: Any) -> tuple[int, int, list[Instruction]]:

@@ -49,6 +49,8 @@ def float_bits(i):
 # of which a GPU has an eighth of the throughput. For |x| < 2²².
 MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
+# The smallest normal float32. One digit less, and Triton 3.7 takes it for a double.
+SMALLEST = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -70,7 +72,7 @@ def exp_parts(x):
     n, bits = round_even(x * 1.44269504)
     r = tl.fma(n, -0.693359375, x)  # ln 2 in two parts; n times the first is exact
     r = tl.fma(n, 2.12194440e-4, r)
-    c = (
+    c: tl.constexpr = (
         0.16666419804096222,
         0.041668232530355453,
         0.008374898694455624,
@@ -138,7 +140,7 @@ def log1p_unit(e):
     if e.dtype == tl.float64:
         y = log1p(e)
     else:
-        c = (
+        c: tl.constexpr = (
             0.33332559466362,
             -0.24987271428108215,
             0.19890747964382172,
@@ -161,7 +163,7 @@ def log_normal(x, correction, extra_exponent):
     f = float_bits(b - (k << 23)) - 1.0
     n = to_float(k) + extra_exponent
     f2 = f * f
-    c = (
+    c: tl.constexpr = (
         -0.24999988079071045,
         0.2000206857919693,
         -0.16669125854969025,
@@ -180,7 +182,7 @@ def log_normal(x, correction, extra_exponent):
 @triton.jit
 def log_plus(x, correction):
     """ln x + correction for every x: 0 gives −∞, below 0 and NaN give NaN; float32; ≤ 0.8 ULP."""
-    tiny = x < 1.17549435e-38  # subnormals are scaled up into the normal range
+    tiny = x < SMALLEST  # subnormals are scaled up into the normal range
     y = log_normal(tl.where(tiny, x * 8388608.0, x), correction, tl.where(tiny, -23.0, 0.0))
     special = tl.where(x == 0, -float("inf"), tl.where(x < 0, float("nan"), x))
     return tl.where((x > 0) & (x < float("inf")), y, special)
@@ -221,7 +223,9 @@ def sqrt(x):
 
 @triton.jit
 def maximum(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    """The larger of a and the number b, or NaN. Triton 3.7 rounds a literal that stands alone to
+    float32, whatever it meets next: so b gets a's type first."""
+    return tl.maximum(a, tl.full((), b, a.dtype), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -249,7 +253,7 @@ def phi_expm1(d):
         low: tl.constexpr = -1.0
         high: tl.constexpr = 1.0
         # Σ d^k / k!, up to d^20 / 20! < 1e-18
-        c = (
+        c: tl.constexpr = (
             1 / 6,
             1 / 24,
             1 / 120,
@@ -272,7 +276,7 @@ def phi_expm1(d):
     else:
         low: tl.constexpr = -1.0
         high: tl.constexpr = 2.0
-        c = (
+        c: tl.constexpr = (
             0.1666666716337204,
             0.041666675359010696,
             0.008333331905305386,
@@ -296,8 +300,13 @@ def sincospi(t):
     q, k = round_even(t + t)
     r = tl.fma(q, -0.5, t)  # exact; in [−¼, ¼]
     r2 = r * r
-    cs = (-5.167707920074463, 2.5497610569000244, -0.5890122056007385)
-    cc = (-4.934802055358887, 4.058706760406494, -1.3350359201431274, 0.23126092553138733)
+    cs: tl.constexpr = (-5.167707920074463, 2.5497610569000244, -0.5890122056007385)
+    cc: tl.constexpr = (
+        -4.934802055358887,
+        4.058706760406494,
+        -1.3350359201431274,
+        0.23126092553138733,
+    )
     s = r * polynomial(r2, 3.1415927410125732, cs)
     c = polynomial(r2, 1.0, cc)
     odd = (k & 1) == 1  # a quarter turn swaps the two
