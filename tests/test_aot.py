@@ -147,6 +147,35 @@ def test_unaligned_rows_are_not_vectors(compiled: dict[str, Rows]) -> None:
     assert row["bytes"] == 0
 
 
+def test_one_kernel_serves_all_numbers() -> None:
+    """β that grows from 0, and a batch whose 1 / size has other bits, must not compile again."""
+    code = """
+from functools import partial
+import torch
+from fastvae import _triton, roofline
+from fastvae._triton.aot import compile_launches
+
+t = roofline.Shapes(torch.float64)
+def reduce(beta, scale):
+    outs = (t.row(1).view(()) for _ in range(3))
+    _triton.elbo_reduce(t.matrix(1000, 8), t.row(1000), None, beta, scale, *outs)
+def rowwise(beta, scale):
+    given, grads = [t.matrix(64), t.matrix(64)], [t.matrix(64)]
+    _triton.rowwise(
+        "gaussian", given, None, None, [1.0, 0.5], scale, 2048, t.row(), grads, [False, True]
+    )
+for run in (reduce, rowwise):
+    for numbers in ((0.0, 1.0), (0.1, 1 / 64), (1.0, 1 / 60), (2.0, 0.0)):
+        (built,) = compile_launches("sm_90", partial(run, *numbers))
+        print(built.kernel, built.variant)
+"""
+    process = compiling("-c", code)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    lines = output.splitlines()
+    assert len(lines) == 8 and len(set(lines)) == 2, output
+
+
 def test_spills_are_seen() -> None:
     """The other side of that test: a tile of 8 times the size does not fit the registers."""
     code = """

@@ -46,6 +46,7 @@ class Artefact:
     """One compiled launch."""
 
     kernel: str
+    variant: str  # the same for launches that one compilation serves
     arch: str
     constexprs: dict[str, Any]
     registers: int
@@ -129,8 +130,9 @@ def compile_launches(arch: str, run: Callable[[], None]) -> list[Artefact]:
         seconds = time.perf_counter() - start
         read = read_nvidia if target.backend == "cuda" else read_amd
         doubles = parse_doubles(compiled.asm["ttir"])
+        name, variant = kernel.__name__, compiled.hash
         artefacts.append(
-            Artefact(kernel.__name__, arch, constexprs, *read(compiled), doubles, seconds)
+            Artefact(name, variant, arch, constexprs, *read(compiled), doubles, seconds)
         )
 
     driver.set_active(Driver())  # for the rest of the process: this is a tool's, not a user's

@@ -59,9 +59,17 @@ def index_type(*tensors: Tensor | None, beyond: int = 0) -> Any:
     return tl.int64 if far else tl.int32
 
 
+# A NaN that no arithmetic gives. Triton passes an integer that fits in 32 bits as another type, to
+# another kernel, as it did the bits of 0.0: with these taken out of them, no number's do.
+UNUSED_NAN = 0x7FF5555500000000
+
+
 def constant(value: float, dtype: torch.dtype) -> float | int:
-    """A number for the kernel. Triton passes a float as float32; a double travels as its bits."""
-    return struct.unpack("<q", struct.pack("<d", value))[0] if dtype == torch.float64 else value
+    """A number for the kernel, whose `number` undoes it: one kernel for all numbers. Triton passes
+    a float as float32; a double travels as its bits."""
+    if dtype != torch.float64:
+        return value
+    return struct.unpack("<q", struct.pack("<d", value))[0] ^ UNUSED_NAN
 
 
 _launcher: Callable[..., Any] | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvae._triton.formulas import formulas
 from fastvae._triton.launch import (
     TILE,
+    UNUSED_NAN,
     cdiv,
     compute_type,
     constant,
@@ -21,12 +22,14 @@ from fastvae._triton.launch import (
     tile_shape,
 )
 
+_UNUSED_NAN = tl.constexpr(UNUSED_NAN)
+
 
 @triton.jit
 def number(value, dtype: tl.constexpr):
     """The double (see launch.constant) or float that was passed."""
     if dtype == tl.float64:
-        value = value.to(tl.int64).to(tl.float64, bitcast=True)
+        value = (value ^ _UNUSED_NAN).to(tl.float64, bitcast=True)
     return value
 
 
@@ -52,7 +55,7 @@ def row_of(row, batch, BATCHED: tl.constexpr):
     return row % batch if BATCHED else row
 
 
-@triton.jit(do_not_specialize=["rows", "batch", "splits"])
+@triton.jit(do_not_specialize=["scale", "rows", "batch", "splits"])
 def rowwise_kernel(
     inputs,  # pointers, in the formula's order …
     strides,  # … and the distances of their rows
