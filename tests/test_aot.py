@@ -209,7 +209,8 @@ def test_the_oldest_triton_passes(tmp_path: Path) -> None:
 
     assert run("-c", "import triton; print(triton.__version__)").strip() == "3.7.1"
     tests = Path(__file__).parent
-    files = [str(tests / name) for name in ("test_triton.py", "test_elbo.py", "test_parity.py")]
+    names = ("test_triton.py", "test_triton_launch.py", "test_elbo.py", "test_parity.py")
+    files = [str(tests / name) for name in names]
     run("-m", "pytest", "-qxp", "no:cacheprovider", "-k", "triton", *files, TRITON_INTERPRET="1")
     out = tmp_path / "rows"
     few = ["--arch", "sm_80", "gfx942", "--dtype", "float32", "bfloat16", "--json", str(out)]

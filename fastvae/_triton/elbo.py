@@ -155,7 +155,7 @@ def scale_grad(
         chunk,
         split,
         COMPUTE=compute_type(grad.dtype),
-        INDEX=index_type(grad, beyond=cols + chunk),
+        INDEX=index_type(grad, factor, beyond=cols + chunk),
         R=height,
         C=width,
     )

@@ -91,7 +91,17 @@ def options(warp_size: int) -> dict[str, Any]:
     return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
 
 
-_options = options(64 if torch.version.hip else 32)
+def device_options() -> dict[str, Any]:
+    """For the current device. Of AMD's, CDNA has 64 threads in a warp and RDNA 32."""
+    return _options_of(torch.cuda.current_device()) if torch.version.hip else _NVIDIA
+
+
+@functools.cache
+def _options_of(device: int) -> dict[str, Any]:
+    return options(torch.cuda.get_device_properties(device).warp_size)
+
+
+_NVIDIA = options(32)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constexprs: Any) -> None:
@@ -106,7 +116,7 @@ def launch(kernel: Any, programs: int, *args: Any, **constexprs: Any) -> None:
         with np.errstate(all="ignore"):
             kernel[(programs,)](*args, **constexprs)
     else:
-        kernel[(programs,)](*args, **constexprs, **_options)
+        kernel[(programs,)](*args, **constexprs, **device_options())
 
 
 def interpreting() -> bool:

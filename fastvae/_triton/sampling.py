@@ -119,7 +119,7 @@ def sample_backward_kernel(
         for k in range(num_samples):
             first = stream(row, in_rows, k, cols, num_samples, sample_offset, sample_index)
             eps = normals(key, first, start, C, FOUR)
-            from_row = grad_z + (k * batch + row) * grad_z_stride
+            from_row = grad_z + (batch.to(INDEX) * k + row) * grad_z_stride
             new_dz = ()
             new_eps_dz = ()
             for j in tl.static_range(len(at)):
@@ -247,7 +247,7 @@ def sample_backward(
         width,
         split,
         COMPUTE=compute_type(mu.dtype),
-        INDEX=index_type(mu, logvar, grad_z, grad_mu),
+        INDEX=index_type(mu, logvar, grad_z, grad_kl, grad_mu),
         GRAD_Z_COL=0 if grad_z is None else grad_z.stride(1),
         MU_COL=mu.stride(1),
         LOGVAR_COL=logvar.stride(1),
