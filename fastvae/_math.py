@@ -25,10 +25,13 @@ def times_beta(kl: Tensor, beta: Tensor | float) -> Tensor:
     return torch.where(kl.isinf() & product.isnan(), 0, product)
 
 
-def phi(d: Tensor) -> Tensor:
-    """e^d − 1 − d without cancellation: its series where |d| < 1 (d^20 / 20! is below 1e-18)."""
+def half_phi(d: Tensor) -> Tensor:
+    """½ (e^d − 1 − d) without cancellation: its series where |d| < 1 (d^20 / 20! is below 1e-18).
+    Beyond 40 by the root of e^d, as half of it may be a number alone."""
     s = d.clamp(-1, 1)
     series = torch.full_like(s, 1 / math.factorial(20))
     for k in range(19, 1, -1):
         series = series * s + 1 / math.factorial(k)
-    return torch.where(d.abs() < 1, series * s * s, d.expm1() - d)
+    root = (0.5 * d).exp()
+    expm1 = torch.where(d > 40, 0.5 * root * root, 0.5 * d.clamp_max(40).expm1())
+    return torch.where(d.abs() < 1, 0.5 * series * s * s, expm1 - 0.5 * d)

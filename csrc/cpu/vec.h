@@ -292,21 +292,22 @@ FASTVAE_INLINE Eighths exp_parts(const F32& x) {
   return {n, bits, value, fmadd(t, p, t - value)};
 }
 
-// e^x for x in [−104, 89] or NaN. Where there is no instruction for it, 2^n is made in one step as
-// 2^(n + up), which must be a normal number, times 2^−up, where the result is rounded. `low`: what
-// the rounding left over.
-template <int up>
+// e^x, or half of it, for x in [−104, 90] or NaN. Where there is no instruction for it, 2^n is made
+// in one step as 2^(n + up), which must be a normal number, times 2^−up, where the result is
+// rounded. `low`: what the rounding left over.
+template <int up, bool half = false>
 FASTVAE_INLINE F32 exp_eighths(const F32& x, F32* low = nullptr) {
   static_assert(up == 64 || up == -64);
   const Eighths e = exp_parts(x);
 #if defined(CPU_CAPABILITY_AVX512)
-  if (low) *low = _mm512_scalef_ps(e.low, e.n);
-  return _mm512_scalef_ps(e.value, e.n);  // by 2^⌊n⌋
+  const F32 n = half ? e.n - F32(1.f) : e.n;
+  if (low) *low = _mm512_scalef_ps(e.low, n);
+  return _mm512_scalef_ps(e.value, n);  // by 2^⌊n⌋
 #else
   constexpr int32_t magic_eighths = 0x49c00000 >> 3;
   const F32 power =
       at::vec::cast<float>(shift_left<23>((e.bits >> I32(3)) + I32(127 + up - magic_eighths)));
-  const F32 back(up > 0 ? 0x1p-64f : 0x1p64f);
+  const F32 back((up > 0 ? 0x1p-64f : 0x1p64f) * (half ? 0.5f : 1.f));
   if (low) *low = e.low * power * back;
   return e.value * power * back;
 #endif
@@ -452,26 +453,28 @@ FASTVAE_INLINE LogLogistic<V> log_logistic(const V& x, const V& l) {
 }
 
 template <class V>
-struct PhiExpm1 {
-  V phi, expm1;  // e^d − 1 − d, e^d − 1
+struct HalfPhiExpm1 {
+  V phi, expm1;  // ½ (e^d − 1 − d), ½ (e^d − 1)
 };
 
 // φ(d) = d²/2 + d³ R(d) on [−1, 1], where the difference would cancel. Elsewhere it is taken with
-// what the roundings of e^d and 1 + d left over. φ ≥ 0 everywhere; ≤ 2 ULP.
-FASTVAE_INLINE PhiExpm1<F32> phi_expm1(const F32& d) {
+// what the roundings of e^d and 1 + d left over. φ ≥ 0 everywhere; ≤ 2 ULP. Halves, as the KL wants
+// them, are floats where the whole is none.
+FASTVAE_INLINE HalfPhiExpm1<F32> half_phi_expm1(const F32& d) {
   constexpr float c[] = {0.1666666716337204f,     0.041666675359010696f,  0.008333331905305386f,
                          0.0013888580724596977f,  0.0001984244299819693f, 2.4841781851137057e-05f,
                          2.7324401798978215e-06f, 2.607000340049126e-07f, 3.8409130098671085e-08f};
-  const F32 one(1.f), limit(89.f);
+  const F32 half(0.5f), one(1.f), limit(90.f);
   const auto near = between(-one, d, one), finite = between(-limit, d, limit);
-  const F32 dd = d * d, phi = fmadd(dd * d, polynomial(d, c), F32(0.5f) * dd);
+  const F32 dd = d * d, phi = fmadd(dd * d, polynomial(d, c), half * dd);
   F32 low;
-  const F32 e = exp_eighths<-64>(at::vec::clamp(d, F32(-40.f), limit), &low);
-  const F32 u = one + d, rest = select(finite, low - (d - (u - one)), F32(0.f));
-  return {select(near, phi, (e - u) + rest), select(near, phi + d, e - one)};
+  const F32 e = exp_eighths<-64, true>(at::vec::clamp(d, F32(-40.f), limit), &low);
+  const F32 u = one + d, rest = select(finite, low - half * (d - (u - one)), F32(0.f));
+  return {select(near, half * phi, (e - half * u) + rest),
+          select(near, half * (phi + d), e - half)};
 }
 
-FASTVAE_INLINE PhiExpm1<F64> phi_expm1(const F64& d) {
+FASTVAE_INLINE HalfPhiExpm1<F64> half_phi_expm1(const F64& d) {
   const F64 e = d.expm1();
   // Σ d^k / k! for |d| < 0.25 (15 terms: below 1e-18).
   double factorial = 1.0;
@@ -480,7 +483,7 @@ FASTVAE_INLINE PhiExpm1<F64> phi_expm1(const F64& d) {
   F64 p(c[14]);
   for (int k = 13; k >= 0; --k) p = fmadd(p, d, F64(c[k]));
   const auto near = between(F64(-0.25), d, F64(0.25));
-  return {select(near, d * d * p, e - d), e};
+  return {F64(0.5) * select(near, d * d * p, e - d), F64(0.5) * e};
 }
 
 // The nearest integers, ties to even.

@@ -24,8 +24,8 @@ struct FlooredLogs {
 };
 
 template <class V>
-struct PhiExpm1 {
-  V phi, expm1;  // e^d − 1 − d, e^d − 1
+struct HalfPhiExpm1 {
+  V phi, expm1;  // ½ (e^d − 1 − d), ½ (e^d − 1)
 };
 
 // e^x as a factor, in two parts: it need not be a number itself where its product is one.
@@ -51,9 +51,9 @@ struct ExpFactor {
     const bool negative = l < V(0);                                                        \
     return {::fma(x, l, -::fmax(l, V(0))), odds, negative ? x - small : x - V(1) + small}; \
   }                                                                                        \
-  FASTVAE_INLINE PhiExpm1<V> phi_expm1(V d) {                                              \
+  FASTVAE_INLINE HalfPhiExpm1<V> half_phi_expm1(V d) {                                     \
     const V e = ::expm1(d);                                                                \
-    if (::fabs(d) > V(0.25)) return {e - d, e};                                            \
+    if (::fabs(d) > V(0.25)) return {V(0.5) * (e - d), V(0.5) * e};                        \
     /* Σ d^k / k!, k = 2…12: the direct difference cancels. */                             \
     V s = V(1.0 / 479001600.0);                                                            \
     s = s * d + V(1.0 / 39916800.0);                                                       \
@@ -66,7 +66,7 @@ struct ExpFactor {
     s = s * d + V(1.0 / 24.0);                                                             \
     s = s * d + V(1.0 / 6.0);                                                              \
     s = s * d + V(0.5);                                                                    \
-    return {s * d * d, e};                                                                 \
+    return {V(0.5) * s * d * d, V(0.5) * e};                                               \
   }
 FASTVAE_SCALAR_MATH(float)
 FASTVAE_SCALAR_MATH(double)

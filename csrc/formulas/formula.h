@@ -1,6 +1,6 @@
 // What every formula shares. A formula is a template on the number type V alone: a SIMD vector in
 // the CPU loop, a float in a CUDA kernel, an at::Tensor in the composite that serves double
-// backward and functorch. The vocabulary it calls (exp, logistic, phi_expm1, ...) is included
+// backward and functorch. The vocabulary it calls (exp, log_logistic, exp_factor, ...) is included
 // before it: cpu/vec.h, cuda/math.h or aten_math.h.
 #pragma once
 

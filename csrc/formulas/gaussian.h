@@ -31,8 +31,8 @@ struct GaussianLogvar {
   static FASTVAE_INLINE Result<V, 3> eval(const V (&in)[3], const V* opt) {
     const V half = num<V>(0.5), logvar = in[2];
     const auto precision = exp_factor(-half * logvar);  // 1/σ
-    const V u = precision * (in[0] - in[1]), g = precision * u, uu = u * u;
-    return {opt[0] - half * (logvar + uu), {-g, g, half * (uu - num<V>(1))}};
+    const V u = precision * (in[0] - in[1]), g = precision * u, square = half * u * u;
+    return {opt[0] - half * logvar - square, {-g, g, square - half}};
   }
 };
 

@@ -15,9 +15,9 @@ struct StandardKL {
 
   template <class V>
   static FASTVAE_INLINE Result<V, 2> eval(const V (&in)[2], const V*) {
-    const V half = num<V>(0.5), &mu = in[0];
-    const auto e = phi_expm1(in[1]);
-    return {half * (mu * mu + e.phi), {mu, half * e.expm1}};
+    const V& mu = in[0];
+    const auto half = half_phi_expm1(in[1]);
+    return {num<V>(0.5) * mu * mu + half.phi, {mu, half.expm1}};
   }
 };
 
@@ -32,11 +32,10 @@ struct NormalKL {
 
   template <class V>
   static FASTVAE_INLINE Result<V, 4> eval(const V (&in)[4], const V*) {
-    const V half = num<V>(0.5);
-    const auto precision = exp_factor(-half * in[3]);  // 1/σp
-    const V u = precision * (in[0] - in[2]), g = precision * u, uu = u * u;
-    const auto e = phi_expm1(in[1] - in[3]);
-    return {half * (e.phi + uu), {g, half * e.expm1, -g, -half * (e.expm1 + uu)}};
+    const auto precision = exp_factor(num<V>(-0.5) * in[3]);  // 1/σp
+    const V u = precision * (in[0] - in[2]), g = precision * u, distance = num<V>(0.5) * u * u;
+    const auto half = half_phi_expm1(in[1] - in[3]);
+    return {half.phi + distance, {g, half.expm1, -g, -(half.expm1 + distance)}};
   }
 };
 

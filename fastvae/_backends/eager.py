@@ -17,7 +17,7 @@ from fastvae._backends._common import (
     compute_dtype,
     readable,
 )
-from fastvae._math import phi, times_beta, times_exp
+from fastvae._math import half_phi, times_beta, times_exp
 from fastvae.likelihoods import Likelihood
 
 draw_seed = _common.draw_seed
@@ -112,11 +112,11 @@ def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
     dtype = compute_dtype(mu.dtype)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
     if prior is None:
-        kl = 0.5 * (mu.square() + phi(logvar))
+        kl = 0.5 * mu * mu + half_phi(logvar)
     else:
         prior_mu, prior_logvar = (t.to(dtype) for t in prior)
         distance = times_exp(mu - prior_mu, -0.5 * prior_logvar)  # before it is squared
-        kl = 0.5 * (phi(logvar - prior_logvar) + distance.square())
+        kl = half_phi(logvar - prior_logvar) + 0.5 * distance * distance
     return kl.flatten(1).sum(1) if kl.dim() > 1 else kl
 
 

@@ -247,8 +247,9 @@ def logistic(x):
 
 
 @triton.jit
-def phi_expm1(d):
-    """e^d − 1 − d without cancellation, and e^d − 1; φ ≥ 0; ≤ 2.5 ULP."""
+def half_phi_expm1(d):
+    """½ (e^d − 1 − d) without cancellation, and ½ (e^d − 1), which are floats where the whole is
+    none; φ ≥ 0; ≤ 2.5 ULP."""
     if d.dtype == tl.float64:
         low: tl.constexpr = -1.0
         high: tl.constexpr = 1.0
@@ -290,8 +291,8 @@ def phi_expm1(d):
     near = (d >= low) & (d <= high)
     dd = d * d
     phi = tl.fma(dd * d, polynomial_pairs(d, c), 0.5 * dd)
-    e = exp(d) - 1.0
-    return tl.where(near, phi, e - d), tl.where(near, phi + d, e)
+    e = (0.5 * tl.exp(d) if d.dtype == tl.float64 else times(0.5, exp_factor(d))) - 0.5
+    return tl.where(near, 0.5 * phi, e - 0.5 * d), tl.where(near, 0.5 * (phi + d), e)
 
 
 @triton.jit

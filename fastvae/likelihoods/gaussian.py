@@ -95,7 +95,7 @@ class Gaussian(Likelihood):
         if self.family == "gaussian_logvar":
             mean, logvar = params
             u = times_exp(x - mean, -0.5 * logvar)  # before it is squared
-            return -0.5 * (logvar + u.square()) - _HALF_LN_2PI
+            return -0.5 * logvar - 0.5 * u * u - _HALF_LN_2PI
         precision, constant = self.options
         d = x - params[0]
         return constant - 0.5 * (precision * d) * d  # d² may be no number where this is

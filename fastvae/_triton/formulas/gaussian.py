@@ -24,5 +24,5 @@ def gaussian_logvar(inputs, constants):
     precision = exp_factor(-0.5 * logvar)  # 1/σ
     u = times(x - mean, precision)
     g = times(u, precision)
-    uu = u * u
-    return c - 0.5 * (logvar + uu), (-g, g, 0.5 * (uu - 1.0))
+    square = 0.5 * u * u
+    return c - 0.5 * logvar - square, (-g, g, square - 0.5)

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl  # noqa: F401  (the interpreter asks for it)
 
-from fastvae._triton.math import exp_factor, phi_expm1, times
+from fastvae._triton.math import exp_factor, half_phi_expm1, times
 
 
 @triton.jit
 def standard_kl(inputs, constants):
     """KL(N(μ, e^lv) ‖ N(0, 1)) = ½ (μ² + φ(lv)), φ(lv) = expm1(lv) − lv."""
     mu, logvar = inputs
-    phi, expm1 = phi_expm1(logvar)
-    return 0.5 * (mu * mu + phi), (mu, 0.5 * expm1)
+    half_phi, half_expm1 = half_phi_expm1(logvar)
+    return 0.5 * mu * mu + half_phi, (mu, half_expm1)
 
 
 @triton.jit
@@ -22,9 +22,9 @@ def normal_kl(inputs, constants):
     precision = exp_factor(-0.5 * prior_logvar)  # 1/σp
     u = times(mu - prior_mu, precision)
     g = times(u, precision)
-    uu = u * u
-    phi, expm1 = phi_expm1(logvar - prior_logvar)
-    return 0.5 * (phi + uu), (g, 0.5 * expm1, -g, -0.5 * (expm1 + uu))
+    distance = 0.5 * u * u
+    half_phi, half_expm1 = half_phi_expm1(logvar - prior_logvar)
+    return half_phi + distance, (g, half_expm1, -g, -(half_expm1 + distance))
 
 
 @triton.jit
