@@ -4,11 +4,15 @@
 
 Prints the ELBO and its two parts per epoch, then the importance-sampled ln p(x), and draws the loss
 curve, reconstructions and samples. All figures are nats per digit.
+
+    python examples/digits.py --compare
+
+trains an autoencoder as well and draws the two side by side (compare.py).
 """
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm
 
 import fastvae
 
@@ -168,40 +172,72 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--likelihood", choices=["bernoulli", "gaussian"], default="gaussian")
     parser.add_argument("--samples", type=int, default=500, help="per digit, to estimate ln p(x)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="vae-digits.png")
-    return parser.parse_args(argv)
+    parser.add_argument("--compare", action="store_true", help="with an autoencoder beside it")
+    names = ("vae-digits.png", "autoencoder-vs-vae.png")
+    parser.add_argument(
+        "--out", default=argparse.SUPPRESS, help=f"(default: {names[0]}; with --compare {names[1]})"
+    )
+    args = parser.parse_args(argv)
+    vars(args).setdefault("out", names[args.compare])
+    return args
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    args = parse(argv)
-    torch.manual_seed(args.seed)
-    digits = torch.tensor(load_digits().data, dtype=torch.float32) / 16  # [1797, 64] in [0, 1]
+def load(seed: int) -> tuple[Tensor, Tensor]:
+    """Training and held-out digits, [B, 64] in [0, 1]. The seed holds for all that follows."""
+    torch.manual_seed(seed)
+    digits = torch.tensor(load_digits().data, dtype=torch.float32) / 16  # [1797, 64]
     digits = digits[torch.randperm(len(digits))]
-    held_out, train = digits[:HELD_OUT], digits[HELD_OUT:]
+    return digits[HELD_OUT:], digits[:HELD_OUT]
 
-    likelihood: fastvae.likelihoods.Likelihood
-    to_pixels: nn.Module
-    if args.likelihood == "gaussian":
-        likelihood, to_pixels = fastvae.likelihoods.Gaussian(logvar="learned"), nn.Identity()
-    else:
-        likelihood, to_pixels = fastvae.likelihoods.Bernoulli(), nn.Sigmoid()
+
+def family(name: str) -> tuple[fastvae.likelihoods.Likelihood, nn.Module]:
+    """The likelihood, and what turns its parameter into pixels."""
+    if name == "gaussian":
+        return fastvae.likelihoods.Gaussian(logvar="learned"), nn.Identity()
+    return fastvae.likelihoods.Bernoulli(), nn.Sigmoid()
+
+
+def fit(
+    model: VAE,
+    likelihood: fastvae.likelihoods.Likelihood,
+    train: Tensor,
+    held_out: Tensor,
+    epochs: int,
+    batch: int,
+) -> Iterator[tuple[Terms, Terms]]:
+    """Trains one epoch per step; its terms in training and on held-out digits."""
     criterion = fastvae.ELBOLoss(likelihood)
-    model = VAE(args.latents)
     # The learned noise level of the pixels is one number: it can move faster than the weights.
     groups: list[dict[str, Any]] = [
         {"params": list(model.parameters())},
         {"params": list(likelihood.parameters()), "lr": 2e-2},
     ]
     optimizer = torch.optim.Adam(groups, lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-
-    history = []
-    progress = trange(1, args.epochs + 1, unit="epoch")
-    for epoch in progress:
-        terms = train_epoch(model, criterion, optimizer, train, args.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        terms = train_epoch(model, criterion, optimizer, train, batch)
         schedule.step()
-        history.append((terms, evaluate(model, criterion, held_out)))
-        progress.write(f"{epoch:4d}  {terms}   held-out ELBO {history[-1][1].elbo:8.3f}")
+        yield terms, evaluate(model, criterion, held_out)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    args = parse(argv)
+    if args.compare:
+        from compare import compare  # beside this file
+
+        return compare(args)
+    train, held_out = load(args.seed)
+    likelihood, to_pixels = family(args.likelihood)
+    model = VAE(args.latents)
+    history = []
+    progress = tqdm(
+        fit(model, likelihood, train, held_out, args.epochs, args.batch_size),
+        total=args.epochs,
+        unit="epoch",
+    )
+    for terms, held_out_terms in progress:
+        history.append((terms, held_out_terms))
+        progress.write(f"{len(history):4d}  {terms}   held-out ELBO {held_out_terms.elbo:8.3f}")
 
     elbo, log_px = importance_sampled(model, likelihood, held_out, args.samples)
     print(f"held-out ELBO      {elbo:9.3f} nats per digit")

@@ -101,6 +101,15 @@ def native() -> None:
     require("cpp")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For the examples: layers this small gain nothing from a second."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_and_two_threads() -> Iterator[list[int]]:
     """Restores the number of threads after a test that sets it."""

@@ -1,6 +1,6 @@
 """The demo runs, writes its picture, and its figures are what theory allows."""
 
-import importlib.util
+import importlib
 import math
 from pathlib import Path
 from types import ModuleType
@@ -10,16 +10,11 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.py"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("digits", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("digits")  # examples/ is on pytest's path
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
@@ -44,3 +39,29 @@ def test_same_seed_same_figures(tmp_path: Path) -> None:
     first, again, other = (digits.main([*arguments, "--seed", seed]) for seed in ("1", "1", "2"))
     assert first == again
     assert first != other
+
+
+def test_autoencoder_against_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one reconstructs better; of the other the samples are digits, and all digits' like."""
+    picture = tmp_path / "both.png"
+    arguments = ["--epochs", "20", "--out", str(picture)]
+    figures = load().main(["--compare", *arguments])
+    autoencoder, vae = (
+        {key.removeprefix(name): value for key, value in figures.items() if key.startswith(name)}
+        for name in ("autoencoder_", "VAE_")
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert autoencoder["reconstruction"] < vae["reconstruction"] - 10
+    assert autoencoder["pixel_error"] < 0.8 * vae["pixel_error"]
+    assert autoencoder["sample_distance"] > 1.4 * vae["sample_distance"]
+    assert autoencoder["digit_distance"] > 1.1 * vae["digit_distance"]
+    assert autoencoder["kl"] == 0 and vae["kl"] > 1
+    assert vae["sample_distance"] > figures["distance"] > 0.5  # the digits that are held out
+
+    printed = capsys.readouterr().out
+    for model in (autoencoder, vae):
+        assert f"reconstruction {model['reconstruction']:.2f} nats" in printed
+        assert f"to the nearest training digit {model['sample_distance']:.2f}" in printed
+    elbo = -(vae["reconstruction"] + vae["kl"])
+    assert f"KL {vae['kl']:.2f}, ELBO {elbo:.2f}" in printed
+    assert printed.count("no KL, no ELBO") == 1

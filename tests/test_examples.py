@@ -7,14 +7,13 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 pytest.importorskip("sklearn", reason="the examples train on its digits")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -35,15 +34,6 @@ def load(name: str) -> ModuleType:
 def need(library: str) -> ModuleType:
     module: ModuleType = pytest.importorskip(library, reason=f"{library} is not installed")
     return module
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def torchrun(ranks: int, *arguments: str) -> list[float]:
