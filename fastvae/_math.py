@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 
-def times_exp(a: Tensor, x: Tensor) -> Tensor:
-    """a e^x, finite wherever that is a number, though e^x may be none; 0 · e^x is 0 for every x.
+def half_square(a: Tensor, logvar: Tensor) -> Tensor:
+    """½ a² e^−logvar, finite wherever that is a number; 0 where a is 0. Float32 and float64.
 
-    For float32 and float64. The derivatives are taken through e^(x − x₀) at x = x₀, which is one:
-    through the halves they would overflow before the result does.
+    a is scaled before it is squared. The derivative by logvar is taken through e^(l₀ − l) at
+    l = l₀, which is one: through the roots it would overflow before the result does.
     """
-    limit = 1400.0 if x.dtype == torch.float64 else 174.0  # beyond, the product's square is 0 or ∞
-    x = x.clamp(-limit, limit)
-    fixed = x.detach()
-    half = (0.5 * fixed).exp()
-    return a * half * half * (x - fixed).exp()
+    limit = 2800.0 if logvar.dtype == torch.float64 else 348.0  # beyond, the result is 0 or ∞
+    logvar = logvar.clamp(-limit, limit)
+    fixed = logvar.detach()
+    root = (-0.25 * fixed).exp()
+    u = a * root * root
+    return 0.5 * u * u * (fixed - logvar).exp()
 
 
 def times_beta(kl: Tensor, beta: Tensor | float) -> Tensor:
@@ -32,6 +33,9 @@ def half_phi(d: Tensor) -> Tensor:
     series = torch.full_like(s, 1 / math.factorial(20))
     for k in range(19, 1, -1):
         series = series * s + 1 / math.factorial(k)
-    root = (0.5 * d).exp()
-    expm1 = torch.where(d > 40, 0.5 * root * root, 0.5 * d.clamp_max(40).expm1())
+    d = d.clamp_max(torch.finfo(d.dtype).max)  # else ∞ − ∞
+    fixed = d.detach()
+    root = (0.5 * fixed).exp()
+    large = 0.5 * root * root * (d - fixed).exp()
+    expm1 = torch.where(d > 40, large, 0.5 * d.clamp_max(40).expm1())
     return torch.where(d.abs() < 1, 0.5 * series * s * s, expm1 - 0.5 * d)

@@ -317,6 +317,23 @@ def test_cpp_serves_no_other_device(name: str) -> None:
     rejects(case, lambda: function(**other, backend=require("cpp")), {})
 
 
+class Image(Tensor):
+    """A subclass that sees calls and has values, as torchvision's."""
+
+
+@backends
+def test_a_subclass_is_checked_too(backend: str) -> None:
+    x = full(4, 5, value=1.5).as_subclass(Image)
+    with pytest.raises(ValueError, match=r"x must lie in \[0, 1\]"):
+        fastvae.log_likelihood(X, x, backend=require(backend))
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.5), np.float64(0.5), np.int64(2), 2])
+def test_numpys_numbers_are_numbers(scale: Any) -> None:
+    assert Gaussian(scale=scale).scale == float(scale)
+    assert BernoulliProbs(log_min=-scale).log_min == -float(scale)
+
+
 MAKERS: dict[str, Callable[..., Any]] = {
     "Gaussian": Gaussian,
     "BernoulliProbs": BernoulliProbs,

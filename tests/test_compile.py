@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastvae
+from fastvae._backends import select, triton
 from fastvae.likelihoods import Gaussian
 
 
@@ -117,6 +118,18 @@ def test_a_given_seed_is_immune_to_other_random_operators() -> None:
     mu = torch.randn(3, 4)
     _, z = torch.compile(draw, fullgraph=True)(mu)
     torch.testing.assert_close(z, fastvae.rsample(mu, mu, seed=4))
+
+
+def test_the_choice_of_a_backend_for_cuda_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No look at the file system, which breaks a graph."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def f(x: Tensor) -> Tensor:
+        ops = select("auto", torch.device("cuda"))
+        return x + (1 if ops is triton else 2)
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [1, 1]
 
 
 def test_the_losses_own_precision_is_kept() -> None:

@@ -147,6 +147,21 @@ def test_the_eager_counter_is_the_kernels(
     assert states[0][0].all()
 
 
+def test_the_other_devices_counter_is_called_as_the_dispatcher_does(native: None) -> None:
+    """Without the arguments that are the schema's defaults."""
+    from fastvae._backends import eager
+
+    state, library = (
+        torch.zeros(5, 3, dtype=torch.int64),
+        torch.library.Library("fastvae_test", "DEF"),
+    )
+    schema = str(torch.ops.fastvae.count_nonfinite.default._schema).removeprefix("fastvae::")
+    library.define(schema)
+    library.impl("count_nonfinite", eager.count_nonfinite, "CPU")
+    torch.ops.fastvae_test.count_nonfinite(state, spoiled((B,), (2,)), torch.ones(B), None)
+    assert state[0].tolist() == [1, 0, 0] and state[2, 0] == 2
+
+
 def test_check_wants_the_option() -> None:
     with pytest.raises(RuntimeError, match="track_nonfinite=True"):
         fastvae.ELBOLoss().check()

@@ -241,7 +241,7 @@ def test_gaussian_with_shared_logvar(
     if logvar_shape == "learned":
         likelihood = Gaussian(logvar="learned").to(dtype)
         scale = likelihood.logvar
-        assert isinstance(scale, torch.nn.Parameter) and scale.shape == () and scale == 0
+        assert isinstance(scale, torch.nn.Parameter) and scale.shape == (1,) and scale == 0
         with torch.no_grad():
             scale.fill_(0.7)
     else:
@@ -272,14 +272,64 @@ def test_learned_logvar_is_part_of_the_state() -> None:
     criterion = ELBOLoss(Gaussian(logvar="learned"))
     state = criterion.state_dict()
     assert list(state) == ["likelihood.logvar"]
-    assert [p.shape for p in criterion.parameters()] == [()]
-    state["likelihood.logvar"] = torch.tensor(-1.5)
+    assert [p.shape for p in criterion.parameters()] == [(1,)]
+    state["likelihood.logvar"] = torch.tensor([-1.5])
     criterion.load_state_dict(state)
     x, mean = torch.randn(2, 3, 5)
     torch.testing.assert_close(
         criterion(mean, x, kl=torch.zeros(3)),
         ELBOLoss(Gaussian(scale=math.exp(-0.75)))(mean, x, kl=torch.zeros(3)),
     )
+
+
+def test_reset_parameters_after_the_meta_device() -> None:
+    with torch.device("meta"):
+        criterion = ELBOLoss(Gaussian(logvar="learned"))
+    criterion.to_empty(device="cpu")
+    with torch.no_grad():
+        criterion.likelihood.logvar.fill_(math.nan)
+    for module in criterion.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert torch.equal(criterion.likelihood.logvar, torch.zeros(1))
+    given = Gaussian(logvar=torch.nn.Parameter(torch.ones(3)))
+    given.reset_parameters()  # what was given is not ours to know
+    assert given.logvar.tolist() == [1, 1, 1]
+
+
+def test_a_scale_that_opacus_tracks_is_refused() -> None:
+    """Its hooks see calls of modules, and would leave the gradient out without a word."""
+    criterion = ELBOLoss(Gaussian(logvar="learned"))
+    criterion.likelihood.logvar.grad_sample = None  # as GradSampleModule does
+    with pytest.raises(TypeError, match=r"Opacus.*leave the criterion out"):
+        criterion(torch.zeros(2, 3), torch.zeros(2, 3), kl=torch.zeros(2))
+
+
+def test_terms_are_a_call() -> None:
+    """Hooks see it, and compile() in place serves it."""
+    criterion, calls = ELBOLoss(), []
+    criterion.register_forward_hook(lambda module, args, output: calls.append(output))
+    x, kl = torch.rand(3, 4), torch.rand(3)
+    terms = criterion.terms(torch.zeros(3, 4), x, kl=kl)
+    assert calls == [terms] and isinstance(terms, fastvae.Terms)
+    assert torch.equal(criterion(torch.zeros(3, 4), x, kl=kl), terms.loss)
+    torch._dynamo.reset()
+    compiled = torch.compile(ELBOLoss(), fullgraph=True, backend="aot_eager")
+    for got, want in zip(
+        compiled(torch.zeros(3, 4), x, kl=kl, return_terms=True), terms, strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_prior_of_numbers(backend: str) -> None:
+    x, recon, mu, logvar = torch.rand(4, 4, 9)
+    numbers = fastvae.elbo_loss(recon, x, mu, logvar, prior=(0.5, -1), backend=backend)
+    prior = torch.full((9,), 0.5), torch.full((9,), -1.0)
+    assert torch.equal(
+        numbers, fastvae.elbo_loss(recon, x, mu, logvar, prior=prior, backend=backend)
+    )
+    standard = fastvae.kl_divergence(mu, logvar, prior=(0.0, 0.0), backend=backend)
+    torch.testing.assert_close(standard, fastvae.kl_divergence(mu, logvar, backend=backend))
 
 
 def test_learned_logvar_finds_the_variance(backend: str) -> None:

@@ -21,7 +21,7 @@ from fastvae.likelihoods import Gaussian, registry
 
 LOGVAR = [*range(-200, 201, 8), -177.5, -177.4, -89.0, -88.8, -88.7, 88.7, 88.8, 177.4, 177.5]
 RESIDUAL = [sign * r for r in (0.0, 1e-20, 1e-10, 1.0, 1e10) for sign in (1, -1)]
-LOGIT = [*range(-200, 201, 10), 1e-3, -1e-3]
+LOGIT = [*range(-200, 201, 10)]
 TARGET = [0.0, 1e-20, 0.3, 1.0]
 PROB = [0.0, 1e-38, 1e-20, 1e-8, 0.5, 1 - 2.0**-24, 1.0]
 SCALE = [1e-18, 1e-9, 1.0, 1e9, 1e18]

@@ -222,6 +222,25 @@ def test_functional_call_through_rsample_kl() -> None:
         torch.testing.assert_close(got[name], p.grad)
 
 
+@pytest.mark.parametrize("num_samples", [None, 2])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_vmap_over_draws(num_samples: int | None, indexed: bool) -> None:
+    """Each lane draws by its seed. No batching rule would be a warning, and so an error."""
+    mu, logvar = torch.randn(5, 3), torch.randn(5, 3)
+    index = torch.tensor([3, 1, 4, 1, 5])
+
+    def draw(seed: Tensor, rows: Tensor) -> Tensor:
+        options = {"num_samples": num_samples, "sample_index": rows if indexed else None}
+        return fastvae.rsample(mu, logvar, seed=seed, **options)
+
+    seeds = torch.arange(7, 11)
+    for lanes, dims in ((index, (0, None)), (index + torch.arange(4)[:, None], (0, 0))):
+        got = vmap(draw, in_dims=dims)(seeds[:, None], lanes)
+        rows = lanes.expand(4, 5) if lanes.dim() == 1 else lanes
+        want = torch.stack([draw(s, r) for s, r in zip(seeds, rows, strict=True)])
+        torch.testing.assert_close(got, want)
+
+
 def test_hessian_of_the_kl_is_the_closed_form() -> None:
     logvar = torch.randn(1, 4, dtype=torch.float64)
     h = hessian(lambda lv: fastvae.kl_divergence(torch.zeros_like(lv), lv).sum())(logvar)

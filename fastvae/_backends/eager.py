@@ -17,7 +17,7 @@ from fastvae._backends._common import (
     compute_dtype,
     readable,
 )
-from fastvae._math import half_phi, times_beta, times_exp
+from fastvae._math import half_phi, half_square, times_beta
 from fastvae.likelihoods import Likelihood
 
 draw_seed = _common.draw_seed
@@ -93,7 +93,7 @@ def rsample(
     eps = _noise(seed, mu.shape, num_samples or 1, sample_offset, sample_index).to(dtype)
     if num_samples is None:
         eps = eps.squeeze(0)
-    return (mu.to(dtype) + times_exp(eps, 0.5 * logvar.to(dtype))).to(mu.dtype)
+    return (mu.to(dtype) + (0.5 * logvar.to(dtype)).exp() * eps).to(mu.dtype)
 
 
 def rsample_kl(
@@ -115,8 +115,7 @@ def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
         kl = 0.5 * mu * mu + half_phi(logvar)
     else:
         prior_mu, prior_logvar = (t.to(dtype) for t in prior)
-        distance = times_exp(mu - prior_mu, -0.5 * prior_logvar)  # before it is squared
-        kl = half_phi(logvar - prior_logvar) + 0.5 * distance * distance
+        kl = half_phi(logvar - prior_logvar) + half_square(mu - prior_mu, prior_logvar)
     return kl.flatten(1).sum(1) if kl.dim() > 1 else kl
 
 

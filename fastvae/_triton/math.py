@@ -291,7 +291,11 @@ def half_phi_expm1(d):
     near = (d >= low) & (d <= high)
     dd = d * d
     phi = tl.fma(dd * d, polynomial_pairs(d, c), 0.5 * dd)
-    e = (0.5 * tl.exp(d) if d.dtype == tl.float64 else times(0.5, exp_factor(d))) - 0.5
+    if d.dtype == tl.float64:
+        e = 0.5 * tl.exp(d) - 0.5
+    else:
+        p, bits = exp_factor(d)
+        e = scale2(0.5 * p, bits) - 0.5
     return tl.where(near, 0.5 * phi, e - 0.5 * d), tl.where(near, 0.5 * (phi + d), e)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastvae._math import times_exp
+from fastvae._math import half_square
 from fastvae.likelihoods._base import Likelihood, number
 
 _HALF_LN_2PI = 0.5 * math.log(2 * math.pi)
@@ -86,7 +86,7 @@ class Gaussian(Likelihood):
             return recon
         if hasattr(self.logvar, "grad_sample"):
             raise TypeError(
-                "logvar is a parameter of Opacus', and no per-sample gradient can be made of it: "
+                "Opacus tracks the parameter logvar, of which no per-sample gradient can be made: "
                 "leave the criterion out of its GradSampleModule, or let the decoder give logvar"
             )
         return (*recon, self.logvar)
@@ -94,8 +94,7 @@ class Gaussian(Likelihood):
     def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
         if self.family == "gaussian_logvar":
             mean, logvar = params
-            u = times_exp(x - mean, -0.5 * logvar)  # before it is squared
-            return -0.5 * logvar - 0.5 * u * u - _HALF_LN_2PI
+            return -0.5 * logvar - half_square(x - mean, logvar) - _HALF_LN_2PI
         precision, constant = self.options
         d = x - params[0]
         return constant - 0.5 * (precision * d) * d  # d² may be no number where this is
