@@ -113,6 +113,9 @@ class Sum {
   static constexpr int64_t width = V::size();
 
  public:
+  Sum() {  // before torch 2.9 a Vectorized() is not zero
+    for (F64& w : wide_) w = F64(0.0);
+  }
   // Elements that may be added before a flush(), and before a flush_odds(): the product of 126
   // factors in [1, 2] is finite, and a logarithm costs as much as three vectors of the formula.
   static constexpr int64_t run = 32 * width, odds_run = 126 * width;
@@ -145,7 +148,7 @@ class Sum {
  private:
   V sum_{T(0)}, odds_{T(0)};
   bool any_odds_ = false;  // known at compile time once the loop is inlined
-  F64 wide_[width / F64::size()] = {};
+  F64 wide_[width / F64::size()];
 };
 
 // Like for_vectors, with a Sum as third argument, whose total is returned.
