@@ -8,6 +8,11 @@ from torch import Tensor
 from fastvae.likelihoods import Likelihood
 
 
+def minor(version: str) -> tuple[int, ...]:
+    """Of "2.13.0+cpu" that is (2, 13)."""
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
 class Backend(NamedTuple):
     """Whether a backend can serve, and what it is or why it can't."""
 

@@ -3,6 +3,7 @@
 Under TRITON_INTERPRET=1 it takes CPU tensors too: how the kernels are checked without a GPU.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvae._backends import cpp
-from fastvae._backends._common import Backend
+from fastvae._backends._common import Backend, minor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,14 +26,27 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_OLDEST = "3.6"
+
+
+@functools.cache
+def _version() -> str | None:
+    """Of the Triton that is installed, which isn't imported for it; None where nothing says so."""
+    for name in ("triton", "triton-rocm", "pytorch-triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
 def _look() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed here: pip install 'triton>=3.7.1'"
+        return f"Triton is not installed here: pip install 'triton>={_OLDEST}'"
+    if (version := _version()) is not None and minor(version) < minor(_OLDEST):
+        return f"Triton {version} is too old: pip install 'triton>={_OLDEST}'"
     return None
 
 
 _REASON = _look()  # once: torch.compile can't trace a look at the file system
-
 
 def missing() -> str | None:
     """What keeps the kernels from running, whatever the device."""
@@ -44,7 +58,7 @@ def missing() -> str | None:
 def status() -> Backend:
     if (reason := missing()) is not None:
         return Backend(False, reason)
-    version = f"Triton {importlib.metadata.version('triton')}"
+    version = f"Triton {_version() or 'of unknown version'}"
     if interprets():
         return Backend(True, f"{version}, interpreted: slow, for CPU tensors, to check the kernels")
     if not torch.cuda.is_available():
