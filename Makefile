@@ -1,6 +1,6 @@
 # make demo   set up and train a VAE on handwritten digits     make check  lint, format, types
 # make test   set up and pass the tests                        make bench  time it against peers
-# make docs   build the site into build/site
+# make docs   build the site into build/site                   make test-range TORCH=2.10.0   with another torch
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
@@ -8,12 +8,28 @@ export PATH := $(BIN):$(PATH)
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test check bench bench-gpu gpu docs format clean
+.PHONY: demo test test-range check-floor check bench bench-gpu gpu docs format clean
 demo: $(VENV)/built
 	python examples/digits.py
 
-test: $(VENV)/built $(VENV)/triton-3.7.1 $(VENV)/others
-	OLDEST_TRITON=$(abspath $(VENV))/triton-3.7.1 python -m pytest --numprocesses 2 --dist loadfile
+test: $(VENV)/built $(VENV)/triton-3.6.0 $(VENV)/others
+	OLDEST_TRITON=$(abspath $(VENV))/triton-3.6.0 python -m pytest --numprocesses 2 --dist loadfile
+
+# The core tests of the source archive with any torch and Python, in an environment of their own. Left out are Triton's
+# interpreter and what only the documentation and other libraries need. Gigabytes: torch's default build is for CUDA.
+RANGE := $(abspath build/range-$(TORCH))
+test-range:
+	@test -n "$(TORCH)" || { echo "usage: make test-range TORCH=2.10.0 [PYTHON=python3.10]"; exit 2; }
+	rm -rf $(RANGE)
+	$(PYTHON) -m venv $(RANGE)
+	mkdir $(RANGE)/source
+	grep -vE '^(torch|triton|ruff|mypy|clang-format)==' requirements-dev.txt > $(RANGE)/requirements.txt
+	$(RANGE)/bin/pip install --quiet torch==$(TORCH) --requirement $(RANGE)/requirements.txt
+	$(RANGE)/bin/python setup.py --quiet sdist --dist-dir $(RANGE)
+	tar xzf $(RANGE)/fastvae-*.tar.gz --strip-components 1 --directory $(RANGE)/source
+	cd $(RANGE)/source && ../bin/python setup.py --quiet build_ext --inplace
+	cd $(RANGE)/source && ../bin/python -m pytest --numprocesses 2 --dist loadfile -k "not triton" \
+	  $(foreach t,aot benchmarks_gpu demo docs examples integrations,--ignore tests/test_$(t).py)
 
 bench: $(VENV)/built
 	python -m pytest benchmarks --benchmark-json=benchmarks/last.json
@@ -48,8 +64,8 @@ $(VENV)/others: requirements-test.txt $(VENV)/installed
 	pip install --quiet --requirement $<
 	touch $@
 
-$(VENV)/triton-3.7.1: $(VENV)/installed
-	pip install --quiet --no-deps --target $@ triton==3.7.1
+$(VENV)/triton-3.6.0: $(VENV)/installed  # whose interpreter fails with a newer numpy
+	pip install --quiet --no-deps --target $@ triton==3.6.0 'numpy<2.4'
 
 $(VENV)/built: $(VENV)/installed $(SOURCES) setup.py pyproject.toml
 	python setup.py --quiet build_ext --inplace

@@ -6,69 +6,60 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'version = "(.+)"', (ROOT / "pyproject.toml").read_text()).group(1)
+PROJECT = (ROOT / "pyproject.toml").read_text()
+VERSION = re.search(r'version = "(.+)"', PROJECT).group(1)
+OLDEST_TORCH = "2.10"
+EAGER_ALONE = os.environ.get("FASTVAE_NO_EXTENSION") == "1"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # One source, compiled once per instruction set, each in its own namespace.
 ISAS = {"DEFAULT": ["-DCPU_CAPABILITY_DEFAULT"]}
 if X86:
     ISAS["AVX2"] = ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"]
-    ISAS["AVX512"] = [
-        "-DCPU_CAPABILITY_AVX512",
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-    ]
-    ISAS["AVX512"] += [
-        "-mfma",
-        "-mf16c",
-        "-Wno-uninitialized",
-    ]  # GCC 12 warns of its own intrinsics
+    ISAS["AVX512"] = ["-DCPU_CAPABILITY_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq"]
+    ISAS["AVX512"] += ["-mavx512vl", "-mfma", "-mf16c"]
+    ISAS["AVX512"] += ["-Wno-uninitialized"]  # GCC 12 warns of its own intrinsics
 
 # -ffp-contract=off: fused multiply-adds only where the source says so.
-FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-g0",
-    "-fopenmp",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-]
-FLAGS += [
-    "-fno-trapping-math",
-    "-Wall",
-    "-Wno-unknown-pragmas",
-    "-Wno-psabi",
-    f'-DFASTVAE_VERSION="{VERSION}"',
-]
-FLAGS += ["-DFASTVAE_X86"] if X86 else []
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+FLAGS += [f'-DFASTVAE_VERSION="{VERSION}"', *(["-DFASTVAE_X86"] if X86 else [])]
+
+# Compiled side by side. Most of an operator's time is torch's headers: two passes serve them all.
+UNITS = {"unity_operators": [], "unity_module": []}
+UNITS |= {f"cpu/kernels {isa}": [f"-DCPU_CAPABILITY={isa}", *ISAS[isa]] for isa in ISAS}
 
 
 def fail(sentence: str) -> None:
     sys.exit(f"fastvae: {sentence}")
 
 
+def minor(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")[:2]]
+
+
 def extension() -> dict:
-    if os.environ.get("FASTVAE_NO_EXTENSION") == "1":  # the eager backend alone
-        return {}
     building = {"build_ext", "build", "bdist_wheel", "install", "develop", "editable_wheel"}
-    if not building & set(sys.argv):  # metadata needs neither torch nor a compiler
+    if EAGER_ALONE or not building & set(sys.argv):  # metadata needs neither torch nor a compiler
         return {}
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         fail(
             "torch is missing here: install torch first, then `pip install . --no-build-isolation` "
             "(pip's isolated builds cannot see the torch you have)."
         )
-    compiler = os.environ.get("CXX", "g++")
+    if minor(torch.__version__) < minor(OLDEST_TORCH):
+        fail(f"torch {torch.__version__} is too old: {OLDEST_TORCH} is the oldest that will do.")
+    compiler = os.environ.setdefault("CXX", "c++")  # torch compiles with it: link with it, too
     if shutil.which(compiler.split()[0]) is None:
         fail(
             f"the C++ compiler `{compiler}` is missing: install it (Debian: apt install g++) "
@@ -81,43 +72,61 @@ def extension() -> dict:
 
     class Build(BuildExtension):
         def build_extension(self, ext):
-            def kernels(isa):
+            def compiled(unit):
+                source, *isa = unit.split()
                 return self.compiler.compile(
-                    [str(ROOT / "csrc/cpu/kernels.cpp")],
-                    output_dir=str(Path(self.build_temp) / isa),
+                    [str(ROOT / f"csrc/{source}.cpp")],
+                    output_dir=str(Path(self.build_temp, *isa or [source])),
                     include_dirs=ext.include_dirs,
-                    extra_postargs={"cxx": [*FLAGS, f"-DCPU_CAPABILITY={isa}", *ISAS[isa]]},
+                    extra_postargs={"cxx": ext.extra_compile_args["cxx"] + UNITS[unit]},
                     depends=ext.depends,
                 )
 
-            # Each is one file, that ninja alone would compile after the other.
-            with ThreadPoolExecutor(min(len(ISAS), os.cpu_count() or 1)) as threads:
-                for objects in threads.map(kernels, ISAS):
+            # torch has ninja compile what shares its flags: one file at a time, here.
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            with ThreadPoolExecutor(jobs) as threads:
+                for objects in threads.map(compiled, UNITS):
                     ext.extra_objects += objects
             super().build_extension(ext)
 
     sources = [
-        "ops",
-        "common",
-        "memory",
-        "rowwise",
-        "rsample",
-        "kl_divergence",
-        "log_likelihood",
-        "elbo",
-        "nonfinite",
-        "triton",
-        "python",
+        str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".cpp")
     ]
-    sources += ["cpu/dispatch"]
     module = CppExtension(
         "fastvae._C",
-        [f"csrc/{name}.cpp" for name in sources],
-        depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h")],
+        ["csrc/cpu/dispatch.cpp"],  # setuptools wants one to compile itself
+        depends=["setup.py", *sorted(sources)],
         extra_compile_args={"cxx": FLAGS},
         extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
-setup(**extension())
+def requirement() -> str:
+    """A wheel holds an extension, whose ABI is that of one minor version of torch."""
+    if {"bdist_wheel", "dist_info"} & set(sys.argv) and not EAGER_ALONE:
+        with suppress(PackageNotFoundError):  # then building fails, in a sentence
+            return "torch=={}.{}.*".format(*minor(version("torch")))
+    return f"torch>={OLDEST_TORCH}"
+
+
+def description() -> str:
+    """README.md for where the files that it links to are not: they are in the source archive."""
+
+    def path_alone(link: re.Match) -> str:
+        text, path = link.groups()
+        return text if path.startswith("#") or text == path else f"{text} (`{path}`)"
+
+    return re.sub(
+        r"!?\[([^]]+)\]\((?!https?:)([^)]+)\)", path_alone, (ROOT / "README.md").read_text()
+    )
+
+
+if minor(setuptools.__version__) < [77]:
+    fail(f"setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'.")
+setuptools.setup(
+    install_requires=[requirement()],
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    **extension(),
+)

@@ -270,7 +270,7 @@ Terms elbo_fused(const Tensor& x, at::TensorList params, const Tensor& kl, c10::
   return std::tuple_cat(elbo_reduce(rows, kl, weight, beta, reduction), std::tie(rows));
 }
 
-void implementations(torch::Library& m) {
+void elbo_implementations(torch::Library& m) {
   m.impl("elbo_reduce", elbo_reduce_fused);
   m.impl("elbo", elbo_fused);
   m.impl("elbo_inplace", elbo_fused);  // no gradient is asked for: nothing is overwritten
@@ -278,8 +278,8 @@ void implementations(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastvae, CPU, m) { implementations(m); }
-TORCH_LIBRARY_IMPL(fastvae, CUDA, m) { implementations(m); }
+TORCH_LIBRARY_IMPL(fastvae, CPU, m) { elbo_implementations(m); }
+TORCH_LIBRARY_IMPL(fastvae, CUDA, m) { elbo_implementations(m); }
 
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
   m.impl("elbo", elbo_autograd);

@@ -96,15 +96,15 @@ Tensor kl_divergence_autograd(const Tensor& mu, const Tensor& logvar, const OptT
   return KLDivergence::apply(at::TensorList(inputs));
 }
 
-void implementations(torch::Library& m) {
+void kl_implementations(torch::Library& m) {
   m.impl("kl_divergence", kl_divergence_fused);
   m.impl("kl_divergence_backward", kl_divergence_backward_fused);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastvae, CPU, m) { implementations(m); }
-TORCH_LIBRARY_IMPL(fastvae, CUDA, m) { implementations(m); }
+TORCH_LIBRARY_IMPL(fastvae, CPU, m) { kl_implementations(m); }
+TORCH_LIBRARY_IMPL(fastvae, CUDA, m) { kl_implementations(m); }
 
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) { m.impl("kl_divergence", kl_divergence_autograd); }
 

@@ -212,15 +212,15 @@ Tensor log_likelihood_autograd(const Tensor& x, at::TensorList params, c10::stri
   return LogLikelihood::apply(at::TensorList(inputs), make_call(inputs, family, options, mask));
 }
 
-void implementations(torch::Library& m) {
+void likelihood_implementations(torch::Library& m) {
   m.impl("log_likelihood_forward", log_likelihood_forward_fused);
   m.impl("log_likelihood", log_likelihood_fused);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastvae, CPU, m) { implementations(m); }
-TORCH_LIBRARY_IMPL(fastvae, CUDA, m) { implementations(m); }
+TORCH_LIBRARY_IMPL(fastvae, CPU, m) { likelihood_implementations(m); }
+TORCH_LIBRARY_IMPL(fastvae, CUDA, m) { likelihood_implementations(m); }
 
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) { m.impl("log_likelihood", log_likelihood_autograd); }
 

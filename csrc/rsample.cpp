@@ -343,7 +343,7 @@ SampleResult rsample_kl_autograd(const Tensor& mu, const Tensor& logvar, const T
   return {out[0], out[1]};
 }
 
-void implementations(torch::Library& m) {
+void rsample_implementations(torch::Library& m) {
   m.impl("noise", noise_fused);
   m.impl("noise_each", noise_each_fused);
   m.impl("rsample", rsample_fused);
@@ -354,11 +354,11 @@ void implementations(torch::Library& m) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
-  implementations(m);
+  rsample_implementations(m);
   m.impl("seed", seed_cpu);
 }
 TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
-  implementations(m);
+  rsample_implementations(m);
   m.impl("seed", seed_cuda);
 }
 

@@ -84,13 +84,17 @@ def test_without_triton_cuda_tensors_are_not_served_by_something_slower(no_trito
 def test_an_older_triton_is_refused_and_leaves_cpu_tensors_alone(
     plain: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton, "_version", lambda: "3.5.1")
+    def installed(version: str) -> None:
+        monkeypatch.setattr(triton, "_version", lambda: version)
+        monkeypatch.setattr(triton, "_REASON", triton._look())
+
+    installed("3.5.1")
     said = "Triton 3.5.1 is too old: pip install 'triton>=3.6'"
     assert reason("triton", CUDA) == f"backend 'triton' is not available: {said}"
     assert reason("auto", CUDA) == f"CUDA tensors need Triton, or backend='eager': {said}"
     assert fastvae.backends()["triton"] == fastvae.Backend(False, said)
     assert select("auto", CPU) is cpp
-    monkeypatch.setattr(triton, "_version", lambda: "3.10.0")  # as a number, not as text
+    installed("3.10.0")  # as a number, not as text
     assert select("auto", CUDA) is triton
 
 

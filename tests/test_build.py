@@ -107,28 +107,6 @@ def test_formulas_compile_for_cuda(tmp_path: Path) -> None:
     assert (tmp_path / "formulas.cubin").stat().st_size > 0
 
 
-def setup_py(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path)]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
-    )
-
-
-def test_building_without_a_compiler_says_so_in_one_sentence(tmp_path: Path) -> None:
-    done = setup_py(tmp_path, CXX="no-such-compiler")
-    assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1].startswith("fastvae: the C++ compiler")
-    assert "Traceback" not in done.stderr
-
-
-def test_building_without_torch_says_so_in_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch')")
-    done = setup_py(tmp_path, PYTHONPATH=str(tmp_path))
-    assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1].startswith("fastvae: torch is missing")
-    assert "Traceback" not in done.stderr
-
-
 def test_without_the_extension_the_eager_backend_serves() -> None:
     code = (
         "import sys; sys.modules['fastvae._C'] = None\n"  # as where it isn't built

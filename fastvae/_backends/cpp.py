@@ -8,24 +8,42 @@ import torch
 from torch import Tensor
 
 from fastvae._backends import _common
-from fastvae._backends._common import Backend, Beta, Prior, Terms, compute_dtype, in_transform
+from fastvae._backends._common import (
+    Backend,
+    Beta,
+    Prior,
+    Terms,
+    compute_dtype,
+    in_transform,
+    minor,
+)
 from fastvae._math import times_beta
 from fastvae.likelihoods import Likelihood
 
+OLDEST_TORCH = "2.10"
+
 
 def _load() -> Backend:
+    if minor(torch.__version__) < minor(OLDEST_TORCH):
+        detail = f"torch {torch.__version__} is older than {OLDEST_TORCH}, the oldest supported"
+        return _unusable(f"{detail}; the C++ extension is not loaded")
     if importlib.util.find_spec("fastvae._C") is None:
         return Backend(False, "the C++ extension is not built; CPU tensors use the eager backend")
     try:
         import fastvae._C as _C
-        import fastvae._ops  # noqa: F401  (registers the fakes)
 
         info = _C.build_info()
+        if minor(info["torch"]) != minor(torch.__version__):  # another ABI, even if it loads
+            raise ImportError(f"it was built for torch {info['torch']}, not {torch.__version__}")
+        import fastvae._ops  # noqa: F401  (registers the fakes)
     except Exception as error:
-        detail = f"the C++ extension does not load, rebuild it against this torch: {error}"
-        warnings.warn(f"fastvae: {detail}; using the eager backend", stacklevel=2)
-        return Backend(False, detail)
+        return _unusable(f"the C++ extension does not load, rebuild it against this torch: {error}")
     return Backend(True, f"{info['isa']}, compiled by {info['compiler']} for torch {info['torch']}")
+
+
+def _unusable(detail: str) -> Backend:
+    warnings.warn(f"fastvae: {detail}; using the eager backend", stacklevel=3)
+    return Backend(False, detail)
 
 
 _STATUS = _load()

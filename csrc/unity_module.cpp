@@ -1,0 +1,8 @@
+// What the operators stand on and how Python reaches them, compiled as one file like
+// unity_operators.cpp, beside it.
+#include "common.cpp"
+#include "memory.cpp"
+#include "nonfinite.cpp"
+#include "ops.cpp"
+#include "python.cpp"
+#include "triton.cpp"
