@@ -151,10 +151,8 @@ def test_the_other_devices_counter_is_called_as_the_dispatcher_does(native: None
     """Without the arguments that are the schema's defaults."""
     from fastvae._backends import eager
 
-    state, library = (
-        torch.zeros(5, 3, dtype=torch.int64),
-        torch.library.Library("fastvae_test", "DEF"),
-    )
+    state = torch.zeros(5, 3, dtype=torch.int64)
+    library = torch.library.Library("fastvae_test", "DEF")
     schema = str(torch.ops.fastvae.count_nonfinite.default._schema).removeprefix("fastvae::")
     library.define(schema)
     library.impl("count_nonfinite", eager.count_nonfinite, "CPU")

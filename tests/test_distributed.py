@@ -88,7 +88,8 @@ def check_ddp_terms(rank: int) -> None:
     """The wrapper itself gives the parts: its hooks average the gradient."""
     criterion = fastvae.ELBOLoss(Gaussian(logvar="learned"))
     mean, x, kl = torch.full((3, 5), float(rank)), torch.zeros(3, 5), torch.ones(3)
-    terms = DistributedDataParallel(criterion)(mean, x, kl=kl, return_terms=True)
+    model = DistributedDataParallel(criterion)
+    terms = model(mean, x, kl=kl, return_terms=True)
     terms.loss.backward()
     assert torch.equal(terms.kl, torch.tensor(1.0))
     torch.testing.assert_close(criterion.likelihood.logvar.grad, torch.tensor([1.25]))

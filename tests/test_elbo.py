@@ -186,16 +186,6 @@ def test_weighted_mean_is_the_plain_mean_of_the_weighted_losses(backend: str) ->
     torch.testing.assert_close(mean, per_sample.sum() / 4, rtol=1e-14, atol=0)
 
 
-def test_the_weight_gets_no_gradient(backend: str) -> None:
-    x, logits = FAMILIES["bernoulli"].inputs((4, 9), torch.float32)
-    weight = torch.rand(4, requires_grad=True)
-    loss = fastvae.elbo_loss(
-        logits.requires_grad_(), x, kl=torch.rand(4), sample_weight=weight, backend=backend
-    )
-    loss.backward()
-    assert weight.grad is None and logits.grad is not None
-
-
 @families
 @dtypes
 @reductions

@@ -41,6 +41,7 @@ def calls_with(seed: Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         "count_nonfinite": (ops.count_nonfinite, (counters, torch.rand(2, 5), kl, weight)),
         "noise": (ops.noise, (seed, [5, 7], 2, 3)),
+        "noise_each": (ops.noise_each, (torch.tensor([5, 6, 7]), [5, 7], 2, 3)),
         "rsample": (ops.rsample, (mu, logvar, seed)),
         "rsample-K": (ops.rsample, (mu, logvar, seed, 3, 2)),
         "rsample_kl": (ops.rsample_kl, (mu, logvar, seed)),

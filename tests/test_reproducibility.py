@@ -75,7 +75,7 @@ def test_checkpointing_recomputes_the_same_noise(
         if fused:
             z, kl = fastvae.rsample_kl(mu, logvar, backend=quick_backend)
         else:
-            z, kl = fastvae.rsample(mu, logvar, backend=quick_backend), torch.zeros(9)
+            z, kl = fastvae.rsample(mu, logvar, backend=quick_backend), mu.new_zeros(9)
         return decoder(z).square().sum(1) + kl
 
     parameters = [*encoder.parameters(), *decoder.parameters()]

@@ -177,10 +177,11 @@ def elbo(
     rows = log_likelihood(x, params, likelihood, mask)
     ll = rows.mean(0) if rows.dim() == 2 else rows
     kl = kl.to(torch.promote_types(kl.dtype, ll.dtype))
-    if isinstance(beta, float) and not torch.compiler.is_compiling() and beta == 0:
-        loss = -ll  # no gradient for the KL, which may be infinite
+    b = beta.reshape(()) if isinstance(beta, Tensor) else beta
+    if b is beta and readable(kl) and b == 0 and not kl.isfinite().all():
+        loss = -ll  # autograd would multiply the KL's infinite gradient by 0
     else:
-        loss = times_beta(kl, beta if isinstance(beta, float) else beta.reshape(())) - ll
+        loss = times_beta(kl, b) - ll
     parts = (loss, ll.detach(), kl.detach())
     if weight is not None:
         weight = weight.to(loss.dtype)

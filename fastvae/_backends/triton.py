@@ -48,6 +48,7 @@ def _look() -> str | None:
 
 _REASON = _look()  # once: torch.compile can't trace a look at the file system
 
+
 def missing() -> str | None:
     """What keeps the kernels from running, whatever the device."""
     if not cpp.status().available:
