@@ -25,7 +25,8 @@ if X86:
     ISAS["AVX2"] = ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"]
     ISAS["AVX512"] = ["-DCPU_CAPABILITY_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq"]
     ISAS["AVX512"] += ["-mavx512vl", "-mfma", "-mf16c"]
-    ISAS["AVX512"] += ["-Wno-uninitialized"]  # GCC 12 warns of its own intrinsics
+    # GCC 12 warns of its own intrinsics.
+    ISAS["AVX512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 # -ffp-contract=off: fused multiply-adds only where the source says so.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"]
