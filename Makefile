@@ -31,7 +31,7 @@ test-range:
 	cd $(RANGE)/source && ../bin/python -m pytest --numprocesses 2 --dist loadfile -k "not triton" \
 	  $(foreach t,aot benchmarks_gpu demo docs examples integrations,--ignore tests/test_$(t).py)
 
-check-floor:  # the oldest torch's headers; its wheel has 0.9 GB
+check-floor:  # every source against the oldest torch's headers; its wheel has 0.9 GB
 	rm -rf build/floor
 	$(PYTHON) -m pip download --quiet --no-deps --dest build/floor torch==2.10.0
 	$(PYTHON) .ci/syntax.py build/floor/torch-*.whl
