@@ -89,6 +89,8 @@ ONE = {  # function, its exact value, arguments, bound in ULP
 @pytest.mark.parametrize("name", ONE)
 def test_error_of(name: str, triton_device: str) -> None:
     function, exact, x, bound = ONE[name]
+    if name == "sqrt" and GPU:  # whose rsqrt may be off, see there; the noise has its own test
+        bound = 0.50001
     ends = ENDS if name != "sqrt" else ENDS[:1]  # of sqrt, what Box–Muller can give it
     x = torch.cat([x, ends])
     assert_ulps(apply(function, x, triton_device)[0], exact(x.double()), x, bound)
@@ -145,7 +147,7 @@ def test_error_of_sincospi(triton_device: str) -> None:
 
 @pytest.mark.skipif(GPU, reason="here the hardware's own rsqrt and division are tested")
 @pytest.mark.parametrize("off", [-2, -1, 1, 2])
-def test_sqrt_and_logistic_mend_what_the_hardware_leaves(
+def test_what_the_hardware_leaves_is_mended(
     off: int, triton_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PTX's rsqrt and division are off by up to 2 ULP, the interpreter's are not. A square root in
@@ -156,7 +158,8 @@ def test_sqrt_and_logistic_mend_what_the_hardware_leaves(
         def approximate(self: Any, *args: Any) -> Any:
             out = method(self, *args)
             if out.data.dtype == np.float32:
-                out.data = (out.data.view(np.int32) + np.int32(off)).view(np.float32)
+                near = (out.data.view(np.int32) + np.int32(off)).view(np.float32)
+                out.data = np.where(out.data == 0, out.data, near)  # 0 / d is 0
             return out
 
         return approximate
@@ -166,6 +169,8 @@ def test_sqrt_and_logistic_mend_what_the_hardware_leaves(
         monkeypatch.setattr(builder, name, moved(getattr(builder, name)))
     x = torch.linspace(1.0, 4.0, 2_000_001)
     assert_ulps(apply(one_sqrt, x, triton_device)[0], x.double().sqrt(), x, 0.50001)
+    x = torch.cat([all_exponents(1e-12, HUGE, 100_000), torch.linspace(-1e-5, 1e-5, 100_001)])
+    assert_ulps(apply(one_log1p, x, triton_device)[0], x.double().log1p(), x, 0.8)
     x = all_exponents(1e-30, 87.3, 100_000)
     for got, exact in zip(
         apply(math.logistic, x, triton_device, 3)[1:],
