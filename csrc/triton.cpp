@@ -14,9 +14,13 @@ namespace py = pybind11;
 
 thread_local bool interpret = false;
 
-// Calls fastvae._triton.`name` under the tensor's own device.
+// Calls fastvae._triton.`name` under the tensor's own device. Asking for the GIL of a Python that
+// isn't there, as in AOTInductor's C++ runner, would end the process.
 template <class... Args>
 void call(const char* name, const Tensor& on, Args&&... args) {
+  TORCH_CHECK(Py_IsInitialized(), "fastvae: the kernels for ", on.device().type(),
+              " tensors are Python's (Triton), and no Python runs in this process: serve the model "
+              "on the CPU, or from Python");
   const c10::DeviceGuard device(on.device());
   const py::gil_scoped_acquire gil;
   py::module_::import("fastvae._triton").attr(name)(std::forward<Args>(args)...);

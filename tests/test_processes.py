@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,3 +92,38 @@ def test_set_num_threads_between_calls(one_and_two_threads: list[int]) -> None:
         torch.manual_seed(9)
         results.append(use())
     assert all(torch.equal(z, results[0]) for z in results)
+
+
+def test_a_process_without_python_is_told(native: None, tmp_path: Path) -> None:
+    """The Triton kernels are Python's. A C++ server that loads a compiled model has none: here,
+    what a library calls when Python has ended."""
+    from torch.utils import cpp_extension
+
+    if (compiler := shutil.which(os.environ.get("CXX", "g++"))) is None:
+        pytest.skip("needs a C++ compiler")
+    library = tmp_path / "after_python.so"
+    source = Path(__file__).with_name("after_python.cpp")
+    include = [f"-I{path}" for path in cpp_extension.include_paths()]
+    folder = Path(torch.__file__).parent / "lib"
+    link = [f"-L{folder}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{folder}"]
+    flags = ["-std=c++20", "-O0", "-w", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, *include, source, "-o", library, *link], check=True)
+    code = f"""
+import ctypes
+import torch
+from fastvae import _C
+_C.interpret({{interpret}})
+ctypes.pythonapi.Py_AtExit(ctypes.CDLL({str(library)!r}).call_operator)
+"""
+
+    def said(interpret: bool) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(interpret=interpret)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert said(interpret=False) == "it ran\n"
+    assert said(interpret=True).startswith("fastvae: the kernels for cpu tensors are Python's")
