@@ -338,6 +338,13 @@ inline void rowwise_stored(const RowwiseArgs& a) {
   });
 }
 
+// The baseline has no instructions for bfloat16: there it is staged, like float16.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
+constexpr bool bf16_in_place = true;
+#else
+constexpr bool bf16_in_place = false;
+#endif
+
 template <class F>
 inline void rowwise_formula(const RowwiseArgs& a) {
   using Half = c10::BFloat16;
@@ -347,12 +354,14 @@ inline void rowwise_formula(const RowwiseArgs& a) {
            : rowwise_stored<F, double, double, double, false>(a);
   else if (masked)
     rowwise_stored<F, float, float, float, true>(a);
-  else if (!params_are<F>(DType::bf16, a))
+  else if (!bf16_in_place || !params_are<F>(DType::bf16, a))
     rowwise_stored<F, float, float, float, false>(a);
-  else if (a.in[0].dtype == DType::bf16 && !a.in[0].per_row)
-    rowwise_stored<F, float, Half, Half, false>(a);
-  else
-    rowwise_stored<F, float, float, Half, false>(a);
+  else if constexpr (bf16_in_place) {
+    if (a.in[0].dtype == DType::bf16 && !a.in[0].per_row)
+      rowwise_stored<F, float, Half, Half, false>(a);
+    else
+      rowwise_stored<F, float, float, Half, false>(a);
+  }
 }
 
 inline void rowwise(const RowwiseArgs& a) {
