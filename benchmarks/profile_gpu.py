@@ -1,6 +1,6 @@
 """Profiles the training step's head on a GPU: sampling, KL, Bernoulli and all gradients.
 
-    python benchmarks/profile_gpu.py --shape 2048 128 12288 --dtype bfloat16 --out trace.json
+    python -m benchmarks.profile_gpu --shape 2048 128 12288 --dtype bfloat16 --out trace.json
 
 Prints the profiler's table and the rate of each fastvae kernel, and writes a Chrome trace
 (chrome://tracing, ui.perfetto.dev).

@@ -72,7 +72,7 @@ def test_every_instruction_set_passes_the_numerics(isa: str) -> None:
     code = "import fastvae._C as c; print(c.build_info()['isa'])"
     assert python(code, ATEN_CPU_CAPABILITY=isa.lower()) == isa
     env = {**os.environ, "ATEN_CPU_CAPABILITY": isa.lower()}
-    files = [f"tests/test_{n}.py" for n in ("likelihood", "latent", "sampling", "vec")]
+    files = [f"tests/test_{n}.py" for n in ("likelihood", "latent", "sampling", "vec", "extremes")]
     chosen = ["-k", "not eager and not triton", *files]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-qxp", "no:cacheprovider", *chosen],
