@@ -152,13 +152,17 @@ SampleResult rsample_kl_fused(const Tensor& mu, const Tensor& logvar, const Tens
   return sample_fused(mu, logvar, seed, num_samples, sample_offset, sample_index, true);
 }
 
+// μ and logvar of N(0, 1), one element in memory.
+Tensor zeros_of(const Tensor& seed, at::IntArrayRef size) {
+  TORCH_CHECK_VALUE(!size.empty() && *std::min_element(size.begin(), size.end()) >= 0,
+                    "size must be a batch and event sizes, none negative, got ", size);
+  return at::zeros({1}, seed.options().dtype(at::kFloat)).expand({product(size)}).view(size);
+}
+
 // ε alone: the sample of N(0, 1).
 Tensor noise_fused(const Tensor& seed, at::IntArrayRef size, int64_t num_samples,
                    int64_t sample_offset, const OptTensor& sample_index) {
-  TORCH_CHECK_VALUE(!size.empty() && *std::min_element(size.begin(), size.end()) >= 0,
-                    "size must be a batch and event sizes, none negative, got ", size);
-  const Tensor zero =
-      at::zeros({1}, seed.options().dtype(at::kFloat)).expand({product(size)}).view(size);
+  const Tensor zero = zeros_of(seed, size);
   return rsample_fused(zero, zero, seed, num_samples, sample_offset, sample_index);
 }
 
@@ -166,12 +170,31 @@ Tensor noise_fused(const Tensor& seed, at::IntArrayRef size, int64_t num_samples
 Tensor noise_each_fused(const Tensor& seeds, at::IntArrayRef size, int64_t num_samples,
                         int64_t sample_offset, const OptTensor& sample_index) {
   TORCH_CHECK_VALUE(seeds.dim() == 1, "seeds must have one dimension, got ", seeds.sizes());
-  std::vector<int64_t> sizes{seeds.size(0), num_samples};
-  sizes.insert(sizes.end(), size.begin(), size.end());
+  const int64_t lanes = seeds.size(0);
+  const Tensor zero = zeros_of(seeds, size);
+  std::vector<int64_t> sizes = sample_sizes(zero, num_samples);
+  sizes.insert(sizes.begin(), lanes);
   const Tensor out = empty(sizes, at::kFloat, seeds.device());
-  for (int64_t i = 0; i < seeds.size(0); ++i)
-    out[i].copy_(
-        noise_fused(seeds.slice(0, i, i + 1), size, num_samples, sample_offset, sample_index));
+  if (lanes == 0) return out;
+  if (triton::serves(seeds)) {
+    for (int64_t i = 0; i < lanes; ++i)
+      out[i].copy_(
+          noise_fused(seeds.slice(0, i, i + 1), size, num_samples, sample_offset, sample_index));
+    return out;
+  }
+  const Tensor one_seed = seeds.slice(0, 0, 1);
+  const OptTensor index =
+      check_sampling(zero, zero, one_seed, num_samples, sample_offset, sample_index);
+  const RowOperand rows = as_rows(zero, 1);
+  SampleArgs a{};
+  a.batch = zero.size(0);
+  a.cols = product(zero.sizes().slice(1));
+  a.mu = a.logvar = rows.operand;
+  for (int64_t i = 0; i < lanes; ++i) {
+    a.stream = stream_of(seeds[i], num_samples, sample_offset, index);
+    a.z = {out.mutable_data_ptr<float>() + i * num_samples * zero.numel(), DType::f32};
+    kernels().sample(a);
+  }
   return out;
 }
 
