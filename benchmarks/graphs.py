@@ -18,14 +18,12 @@ from benchmarks.runner import backward
 
 
 def replayed(case: Case, contender: str) -> float:
-    """Median microseconds of a replay."""
+    """Mean microseconds of a replay."""
     problem, run = case.problem(case.shape, case.target), case.run(contender)
     testing = importlib.import_module("triton.testing")
     with torch.cuda.stream(torch.cuda.Stream()):
         backward(run(**problem.inputs), problem)  # compiles
-        took = testing.do_bench_cudagraph(
-            lambda: backward(run(**problem.inputs), problem), return_mode="median"
-        )
+        took = testing.do_bench_cudagraph(lambda: backward(run(**problem.inputs), problem))
     return float(took) * 1e3
 
 
