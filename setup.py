@@ -60,7 +60,8 @@ def extension() -> dict:
         )
     if minor(torch.__version__) < minor(OLDEST_TORCH):
         fail(f"torch {torch.__version__} is too old: {OLDEST_TORCH} is the oldest that will do.")
-    compiler = os.environ.setdefault("CXX", "c++")  # torch compiles with it: link with it, too
+    # torch compiles with it: link with it, too.
+    compiler = os.environ["CXX"] = os.environ.get("CXX") or "c++"
     if shutil.which(compiler.split()[0]) is None:
         fail(
             f"the C++ compiler `{compiler}` is missing: install it (Debian: apt install g++) "
@@ -105,7 +106,8 @@ def extension() -> dict:
 
 def requirement() -> str:
     """A wheel holds an extension, whose ABI is that of one minor version of torch."""
-    if {"bdist_wheel", "dist_info"} & set(sys.argv) and not EAGER_ALONE:
+    built = {"bdist_wheel", "dist_info", "editable_wheel", "install", "develop"}
+    if built & set(sys.argv) and not EAGER_ALONE:
         with suppress(PackageNotFoundError):  # then building fails, in a sentence
             return "torch=={}.{}.*".format(*minor(version("torch")))
     return f"torch>={OLDEST_TORCH}"

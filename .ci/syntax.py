@@ -32,7 +32,9 @@ def main(wheel: str) -> None:
         units.remove(kernels)
         for isa, flags in ISAS.items():
             units.append([*kernels, f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}", *flags])
-        units = [u for u in units if "unity_" in u[0] or "/cpu/" in u[0]]  # those include the rest
+        units = [
+            u for u in units if "unity_" in u[0] or Path(u[0]).parent.name == "cpu"
+        ]  # those include the rest
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             codes = list(threads.map(lambda unit: subprocess.call(command + unit), units))
     assert len(units) == 3 + len(ISAS)

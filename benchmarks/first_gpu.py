@@ -30,6 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MINUTES = 9.0
 BENCHMARKS = 3.0  # minutes that the tests leave to what comes behind them
+LEAST = 15  # seconds, below which a stage isn't begun
 WORKERS = 6  # processes that test at once, each of which keeps a context on the device
 
 STEPS = "elbo and fp32 and not 8192x"
@@ -113,7 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def stage(name: str, *command: str, keep: float = 0.0) -> int:
         """Leaves the later stages `keep` seconds."""
-        stages.append(run(name, [sys.executable, *command], out, end - time.monotonic() - keep))
+        left = end - time.monotonic() - keep
+        if left < LEAST:
+            print(f"{name}: left out, no time remains", flush=True)
+            return 1
+        stages.append(run(name, [sys.executable, *command], out, left))
         summary = {"machine": machine, "stages": [asdict(s) for s in stages]}
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         return stages[-1].code
@@ -136,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stage("profile", "-m", "benchmarks.profile_gpu", "--out", trace)
     if (picture := ROOT / "docs" / "gpu.png").exists() and not options.rehearse:
         shutil.copy(picture, out)
-    return max(s.code != 0 for s in stages)
+    return max(s.code != 0 for s in stages)  # what was left out is no failure
 
 
 if __name__ == "__main__":

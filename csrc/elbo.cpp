@@ -181,14 +181,15 @@ Terms elbo_composite(const Tensor& x, at::TensorList params, const Tensor& kl,
   const Tensor ll = rows.dim() == 2 ? rows.mean(0) : rows;
   const double c = row_scale(reduction, x);
   auto reduce = [&](const Tensor& t) {
-    const Tensor w = weight ? t * *weight : t;
+    const Tensor w = weight ? t * weight->to(t.scalar_type()) : t;
     return reduction == Reduction::none ? w : w.sum() * c;
   };
   return {reduce(beta == 0 ? -ll : kl * beta - ll), reduce(ll).detach(),
           reduce(kl.to(compute_type(kl.scalar_type()))).detach(), rows.detach()};
 }
 
-// A view that autograd lets nobody modify, as what a module's full backward hook returns.
+// A view that autograd lets nobody modify: a module's full backward hook returns one, split
+// several.
 bool is_functions_view(const Tensor& t) {
   const auto* meta = torch::autograd::impl::get_view_autograd_meta(t);
   return meta != nullptr && meta->has_bw_view() &&
@@ -213,8 +214,8 @@ bool may_overwrite(const Call& call, at::TensorList inputs, const Tensor& kl) {
     check(!t.is_leaf() && !(t.is_view() && t._base().is_leaf()), j,
           "is a leaf or a view of one: an optimizer's or your own data");
     check(!is_functions_view(t), j,
-          "came through a full backward hook, or another Function that returns a view: use "
-          "register_hook on tensors, or leave inplace_backward out");
+          "is a view that a Function returned, as those of split, unbind and a module's full "
+          "backward hook: use register_hook on tensors, clone it, or leave inplace_backward out");
     check(t.is_contiguous(), j, "is not contiguous");
     check(!overlap(kl, t) && !overlap(call.mask, t) && !overlap(call.weight, t), j,
           "shares memory with another argument");

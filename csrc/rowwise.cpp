@@ -104,8 +104,10 @@ const char* way_into_unit(double low, double high, bool data) {
   constexpr double rounding = 1e-3;
   if (low >= -rounding && high <= 1 + rounding) return ": rounding? clamp(0, 1) removes it";
   if (!data) return ": are they logits? likelihood 'bernoulli' takes those";
-  if (low >= 0 && high <= 255) return ": for pixel values divide by 255";
-  if (low >= -1 && high <= 1) return ": for data in [-1, 1] take (x + 1) / 2";
+  if (low >= -rounding && high >= 2 && high <= 255 + rounding)
+    return ": for pixel values divide by 255";
+  if (low >= -1 - rounding && high <= 1 + rounding)
+    return ": for data in [-1, 1] take (x + 1) / 2 (and recon comes before x)";
   return "";
 }
 

@@ -12,18 +12,32 @@ def half_square(a: Tensor, logvar: Tensor) -> Tensor:
     a is scaled before it is squared. The derivative by logvar is taken through e^(l₀ − l) at
     l = l₀, which is one: through the roots it would overflow before the result does.
     """
-    limit = 2800.0 if logvar.dtype == torch.float64 else 348.0  # beyond, the result is 0 or ∞
-    logvar = logvar.clamp(-limit, limit)
+    logvar = _clamped(logvar)
     fixed = logvar.detach()
     root = (-0.25 * fixed).exp()
     u = a * root * root
     return 0.5 * u * u * (fixed - logvar).exp()
 
 
+def times_sigma(a: Tensor, logvar: Tensor) -> Tensor:
+    """a e^(logvar / 2), likewise."""
+    logvar = _clamped(logvar)
+    fixed = logvar.detach()
+    root = (0.25 * fixed).exp()
+    return a * root * root * (0.5 * (logvar - fixed)).exp()
+
+
+def _clamped(logvar: Tensor) -> Tensor:
+    """To where no product with e^±logvar is anything but 0 or ∞."""
+    limit = 2800.0 if logvar.dtype == torch.float64 else 348.0
+    return logvar.clamp(-limit, limit)
+
+
 def times_beta(kl: Tensor, beta: Tensor | float) -> Tensor:
-    """β KL, but 0 where β is 0 and the KL infinite; differentiable in both."""
-    product = kl * beta
-    return torch.where(kl.isinf() & product.isnan(), 0, product)
+    """β KL, but 0 where β is 0, whatever the KL there; differentiable in both."""
+    # A tensor: a comparison of numbers would be a guard of the compiled graph, as new_full is.
+    b = beta.reshape(()) if isinstance(beta, Tensor) else kl.new_ones(()) * beta
+    return torch.where(kl.isfinite() | (b != 0), kl, 0) * b
 
 
 def half_phi(d: Tensor) -> Tensor:

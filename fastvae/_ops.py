@@ -64,6 +64,33 @@ def _noise_vmap(
     return torch.stack(eps), 0
 
 
+@torch.library.register_vmap("fastvae::noise_each")
+def _noise_each_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    seeds: Tensor,
+    size: Sequence[int],
+    num_samples: int,
+    sample_offset: int,
+    sample_index: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Nested: the lanes of both as one dimension."""
+    lanes = info.batch_size
+    if len(in_dims) > 4 and in_dims[4] is not None:
+        assert sample_index is not None
+        rows = sample_index.movedim(in_dims[4], 0)
+        each = [seeds] * lanes if in_dims[0] is None else list(seeds.movedim(in_dims[0], 0))
+        return torch.stack(
+            [
+                ops.noise_each(s, size, num_samples, sample_offset, i)
+                for s, i in zip(each, rows, strict=True)
+            ]
+        ), 0
+    flat = seeds.movedim(cast(int, in_dims[0]), 0)
+    eps = ops.noise_each(flat.flatten(), size, num_samples, sample_offset, sample_index)
+    return eps.unflatten(0, flat.shape), 0
+
+
 def _sample_like(mu: Tensor, num_samples: int | None) -> Tensor:
     return mu.new_empty(mu.shape if num_samples is None else (num_samples, *mu.shape))
 

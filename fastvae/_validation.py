@@ -3,7 +3,6 @@
 An error names the argument, what was expected and what came.
 """
 
-import math
 import numbers
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastvae._backends import Prior
 from fastvae._backends._common import Beta, readable
 from fastvae.likelihoods import Likelihood
-from fastvae.likelihoods._base import number
+from fastvae.likelihoods._base import number, refuse_tracked
 
 Recon = Tensor | Sequence[Tensor]
 AnyPrior = tuple[Tensor | float, Tensor | float]
@@ -41,6 +40,7 @@ def check_beta(beta: object) -> Beta:
         check_floating("beta", beta)
         if beta.numel() != 1:
             raise ValueError(f"beta must hold one element, got {shape(beta)}")
+        refuse_tracked("beta", beta)
         if readable(beta):
             _check_weight("beta", beta.item())
         return beta
@@ -112,10 +112,12 @@ def _as_tensor(name: str, value: Any, mu: Tensor) -> Tensor:
     """A number as a tensor like mu; anything else as it is."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return cast(Tensor, value)
-    found = number(name, value)
-    if not math.isfinite(found):
-        raise ValueError(f"{name} must be finite, got {found}")
-    return mu.new_full((), found)
+    found, most = number(name, value), torch.finfo(mu.dtype).max
+    if not -most <= found <= most:
+        raise ValueError(f"{name} must be a finite {mu.dtype}, got {found}")
+    return (
+        mu.new_ones(()) * found
+    )  # not new_full, which would make it a constant of a compiled graph
 
 
 def _parameters_of(q: object, name: str) -> str:

@@ -20,6 +20,7 @@ from fastvae._validation import (
     Recon,
     check_beta,
     check_count,
+    check_floating,
     check_integers,
     check_latent,
     check_mask,
@@ -308,6 +309,8 @@ def evaluate(
             raise ValueError("give either kl or mu, logvar (and prior), got both")
         kl = check_per_sample("kl", kl, x)
     else:
+        if mu is not None:
+            check_floating("mu", mu)  # a distribution or a pair of them: the way out
         if mu is None or logvar is None:
             given = " and ".join(n for n, t in (("mu", mu), ("logvar", logvar)) if t is not None)
             raise ValueError(f"give mu and logvar, or kl, got {given or 'none of them'}")

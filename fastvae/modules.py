@@ -21,8 +21,9 @@ class ELBOLoss(nn.Module):
         likelihood: a name in ``fastvae.likelihoods.registry`` or an object. A learned scale is a
             parameter of this module: give ``criterion.parameters()`` to the optimizer too.
         beta: factor of the KL, as in `fastvae.elbo_loss`; an attribute, to change freely. A number
-            becomes a float; a tensor a buffer that is not saved, so that it moves with the module;
-            an ``nn.Parameter`` one of its parameters.
+            becomes a float, a tensor a buffer, an ``nn.Parameter`` one of the module's parameters:
+            both move with it and are part of its state. What an optimizer could make negative wants
+            a softplus; after the meta device and ``to_empty`` assign it again.
         reduction: "mean" over the batch, "sum", or "none".
         backend: "auto", "cpp", "triton" or "eager".
         inplace_backward: as in `fastvae.elbo_loss`: recon is overwritten by its gradient.
@@ -65,7 +66,7 @@ class ELBOLoss(nn.Module):
             self._buffers.pop(name, None)
             self.__dict__.pop(name, None)
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                self.register_buffer(name, value, persistent=False)
+                self.register_buffer(name, value)
                 return
         super().__setattr__(name, value)
 

@@ -138,6 +138,7 @@ PRIOR = [
     bad(T, r"prior.*str", prior=("0", 0.0)),
     bad(T, r"prior.*bool", prior=(False, 0.0)),
     *(bad(V, rf"prior logvar.*finite.*{v}", prior=(0.0, v)) for v in (NAN, INF, -INF)),
+    bad(V, r"prior mu.*finite torch\.float32.*1e\+39", prior=(1e39, 0.0)),
     bad(T, r"prior.*DiagonalNormal: pass p\.mu and p\.logvar", prior=DiagonalNormal(MU, MU)),
     bad(T, r"prior.*Normal.*from_distribution\(p\)", prior=torch.distributions.Normal(MU, MU)),
     bad(T, r"prior.*int64", prior=(MU, i64(4, 6))),
@@ -227,6 +228,8 @@ PER_SAMPLE = [(), (4, 1), (1, 4), (3,), (5,), (1,), (0,), (2, 4)]
 LOSS = [
     bad(V, r"mu.*logvar.*kl", **NO_LATENT),
     bad(V, r"mu.*logvar", mu=None),
+    bad(T, r"mu.*DiagonalNormal: pass q\.mu", mu=DiagonalNormal(MU, MU), logvar=None),
+    bad(T, r"mu.*tuple: pass mu and logvar", mu=(MU, MU), logvar=None),
     bad(V, r"mu.*logvar", logvar=None),
     bad(V, r"mu.*logvar.*kl", prior=(MU, MU), **NO_LATENT),
     bad(V, r"kl.*mu.*logvar", kl=full(4)),

@@ -120,6 +120,20 @@ def test_a_given_seed_is_immune_to_other_random_operators() -> None:
     torch.testing.assert_close(z, fastvae.rsample(mu, mu, seed=4))
 
 
+def test_numbers_as_prior_compile_once_more() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    mu, logvar = torch.randn(3, 4), torch.randn(3, 4)
+
+    def kl(value: float) -> Tensor:
+        return fastvae.kl_divergence(mu, logvar, prior=(0.0, value))
+
+    compiled = torch.compile(kl, fullgraph=True, backend=counter)
+    for value in (0.1, 0.2, 0.3, -1.0):
+        torch.testing.assert_close(compiled(value), kl(value))
+    assert counter.frame_count <= 2
+
+
 def test_the_choice_of_a_backend_for_cuda_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """No look at the file system, which breaks a graph."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

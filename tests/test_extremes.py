@@ -7,6 +7,7 @@ and gradient of each element against the float64 oracle.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,6 +133,38 @@ def test_kl_to_a_prior_near_the_posterior(backend: str) -> None:
         inputs,
         "kl",
     )
+
+
+def test_sampling(backend: str) -> None:
+    """mu + e^(logvar / 2) eps, where that is a number: with eps known, and 0 times it is 0."""
+    logvar = torch.tensor([-400.0, -180.0, 0.0, 177.6, 180.0, 200.0]).repeat_interleave(64)[None]
+    logvar = logvar.requires_grad_()
+    z = fastvae.rsample(torch.zeros_like(logvar), logvar, seed=3, backend=backend)
+    unit = fastvae.rsample(
+        torch.zeros_like(logvar), torch.zeros_like(logvar), seed=3, backend=backend
+    )
+    exact = (0.5 * logvar.detach().double()).exp() * unit.double()
+    fits = exact.float().isfinite()
+    assert fits.sum() > 200 and not fits.all()
+    error = (z.detach().double() - exact).abs()
+    assert (error <= 2e-6 * exact.abs() + 2e-38)[fits].all()
+    assert torch.equal(z[~fits], exact[~fits].float())
+
+
+@pytest.mark.parametrize("logvar", [-2000.0, -1500.0, -1420.0, -800.0, 800.0, 1420.0, 2000.0])
+def test_float64_has_wider_limits(logvar: float, backend: str) -> None:
+    """Exactly scaled residuals, whose square is a number though neither factor is."""
+    lv = torch.full((3,), logvar, dtype=torch.float64)
+    x = torch.tensor([0.0, 1e-200, 1e-300], dtype=torch.float64) * (1e150 if logvar > 0 else 1.0)
+    value = fastvae.log_likelihood(
+        (torch.zeros_like(lv), lv), x, "gaussian_logvar", backend=backend
+    )
+    u = x.cpu().log() - 0.5 * lv.cpu()  # of the scaled residual, the logarithm
+    square = torch.where(x.cpu() == 0, 0.0, (2 * u).exp())
+    want = -0.5 * (lv.cpu() + square) - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(value.cpu(), want, rtol=1e-11, atol=0)
+    z = fastvae.rsample(torch.zeros_like(lv), lv, seed=1, backend=backend)
+    assert z.isinf().all() if logvar > 1500 else (z == 0).all() or logvar > -1500
 
 
 def test_log_prob_of_the_distribution() -> None:

@@ -225,8 +225,10 @@ def test_functional_call_through_rsample_kl() -> None:
 
 @pytest.mark.parametrize("num_samples", [None, 2])
 @pytest.mark.parametrize("indexed", [False, True])
-def test_vmap_over_draws(num_samples: int | None, indexed: bool) -> None:
-    """Each lane draws by its seed. No batching rule would be a warning, and so an error."""
+def test_vmap_over_draws(
+    num_samples: int | None, indexed: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each lane draws by its seed; torch would say on stderr that it has no batching rule."""
     mu, logvar = torch.randn(5, 3), torch.randn(5, 3)
     index = torch.tensor([3, 1, 4, 1, 5])
 
@@ -240,6 +242,10 @@ def test_vmap_over_draws(num_samples: int | None, indexed: bool) -> None:
         rows = lanes.expand(4, 5) if lanes.dim() == 1 else lanes
         want = torch.stack([draw(s, r) for s, r in zip(seeds, rows, strict=True)])
         torch.testing.assert_close(got, want)
+    nested = vmap(vmap(draw, in_dims=(0, None)), in_dims=(0, None))
+    got = nested(seeds.view(2, 2, 1), index)
+    torch.testing.assert_close(got.flatten(0, 1), torch.stack([draw(s, index) for s in seeds]))
+    assert "batching rule" not in capfd.readouterr().err
 
 
 def test_hessian_of_the_kl_is_the_closed_form() -> None:

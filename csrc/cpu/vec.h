@@ -372,8 +372,17 @@ FASTVAE_INLINE F32 log1p(const F32& x, const F32& low) {
 FASTVAE_INLINE F32 log1p(const F32& x) { return log1p(x, F32(0.f)); }
 
 FASTVAE_INLINE F64 exp(const F64& x) { return x.exp(); }
-FASTVAE_INLINE F64 exp_factor(const F64& x) {
-  return at::vec::clamp(x, F64(-700.0), F64(700.0)).exp();
+
+// The same in two halves.
+struct ExpFactor64 {
+  F64 half;
+  friend FASTVAE_INLINE F64 operator*(const ExpFactor64& e, const F64& a) {
+    return e.half * a * e.half;
+  }
+};
+
+FASTVAE_INLINE ExpFactor64 exp_factor(const F64& x) {
+  return {(F64(0.5) * at::vec::clamp(x, F64(-1400.0), F64(1400.0))).exp()};
 }
 FASTVAE_INLINE F64 exp_negative(const F64& x) { return x.exp(); }
 FASTVAE_INLINE F64 log(const F64& x) { return x.log(); }

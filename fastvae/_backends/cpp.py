@@ -167,8 +167,7 @@ def elbo(
         mean = kl.new_ones(x.shape[:1]) / max(x.shape[0], 1)
         weight = mean if weight is None else weight * mean
         reduction = "sum"
-    beta_kl = times_beta(kl, beta.reshape(()) if isinstance(beta, Tensor) else beta)
-    loss, ll, _, rows = op(x, params, beta_kl, *args, weight, 1.0, reduction)
+    loss, ll, _, rows = op(x, params, times_beta(kl, beta), *args, weight, 1.0, reduction)
     weighted = kl.detach() if weight is None else kl.detach() * weight.detach()
     if reduction == "sum":
         weighted = weighted.sum()

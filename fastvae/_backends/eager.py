@@ -17,7 +17,7 @@ from fastvae._backends._common import (
     compute_dtype,
     readable,
 )
-from fastvae._math import half_phi, half_square, times_beta
+from fastvae._math import half_phi, half_square, times_beta, times_sigma
 from fastvae.likelihoods import Likelihood
 
 draw_seed = _common.draw_seed
@@ -93,7 +93,7 @@ def rsample(
     eps = _noise(seed, mu.shape, num_samples or 1, sample_offset, sample_index).to(dtype)
     if num_samples is None:
         eps = eps.squeeze(0)
-    return (mu.to(dtype) + (0.5 * logvar.to(dtype)).exp() * eps).to(mu.dtype)
+    return (mu.to(dtype) + times_sigma(eps, logvar.to(dtype))).to(mu.dtype)
 
 
 def rsample_kl(
@@ -123,22 +123,22 @@ def _check_unit(name: str, t: Tensor, family: str) -> None:
     if not readable(t) or bool(((t >= 0) & (t <= 1)).all()):
         return
     low, high = t.min().item(), t.max().item()
-    raise ValueError(
-        f"{name} must lie in [0, 1] for {family}, got values in [{low}, {high}]"
-        f"{_way_into_unit(low, high, name == 'x')}"
-    )
+    came = f"values in [{low}, {high}]{_way_into_unit(low, high, name == 'x')}"
+    came = "NaN" if low != low else came
+    raise ValueError(f"{name} must lie in [0, 1] for {family}, got {came}")
 
 
 def _way_into_unit(low: float, high: float, data: bool) -> str:
     """What to do about values in [low, high]; as csrc/rowwise.cpp says it."""
-    if low >= -1e-3 and high <= 1 + 1e-3:
+    rounding = 1e-3
+    if low >= -rounding and high <= 1 + rounding:
         return ": rounding? clamp(0, 1) removes it"
     if not data:
         return ": are they logits? likelihood 'bernoulli' takes those"
-    if low >= 0 and high <= 255:
+    if low >= -rounding and 2 <= high <= 255 + rounding:
         return ": for pixel values divide by 255"
-    if low >= -1 and high <= 1:
-        return ": for data in [-1, 1] take (x + 1) / 2"
+    if low >= -1 - rounding and high <= 1 + rounding:
+        return ": for data in [-1, 1] take (x + 1) / 2 (and recon comes before x)"
     return ""
 
 
@@ -177,11 +177,13 @@ def elbo(
     rows = log_likelihood(x, params, likelihood, mask)
     ll = rows.mean(0) if rows.dim() == 2 else rows
     kl = kl.to(torch.promote_types(kl.dtype, ll.dtype))
-    b = beta.reshape(()) if isinstance(beta, Tensor) else beta
-    if b is beta and readable(kl) and b == 0 and not kl.isfinite().all():
-        loss = -ll  # autograd would multiply the KL's infinite gradient by 0
+    # Autograd would multiply an infinite KL's gradient by 0: at β = 0 the KL stays out of the
+    # graph, unless it is known to be finite.
+    out = not isinstance(beta, Tensor) and beta == 0
+    if out and not (readable(kl) and bool(kl.isfinite().all())):
+        loss = -ll
     else:
-        loss = times_beta(kl, b) - ll
+        loss = times_beta(kl, beta) - ll
     parts = (loss, ll.detach(), kl.detach())
     if weight is not None:
         weight = weight.to(loss.dtype)

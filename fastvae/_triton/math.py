@@ -110,7 +110,7 @@ def exp(x):
 def exp_factor(x):
     """e^x for `times`, for every x: it need not be a float itself where the product is one."""
     if x.dtype == tl.float64:
-        factor = tl.exp(clamp(x, -700.0, 700.0)), 0
+        factor = tl.exp(0.5 * clamp(x, -1400.0, 1400.0)), 0  # of two halves
     else:  # beyond ±174 every product with a float but 0 is 0 or ∞ even when squared
         factor = exp_parts(clamp(x, -174.0, 174.0))
     return factor
@@ -120,7 +120,7 @@ def exp_factor(x):
 def times(a, factor):
     """a e^x, with an `exp_factor`."""
     p, bits = factor
-    return a * p if a.dtype == tl.float64 else scale2(a * p, bits)
+    return p * a * p if a.dtype == tl.float64 else scale2(a * p, bits)
 
 
 @triton.jit
@@ -256,8 +256,8 @@ def logistic(x):
 
 @triton.jit
 def half_phi_expm1(d):
-    """½ (e^d − 1 − d) without cancellation, and ½ (e^d − 1), which are floats where the whole is
-    none; φ ≥ 0; ≤ 2.5 ULP."""
+    """½ (e^d − 1 − d) without cancellation, and ½ (e^d − 1), which in float32 are numbers where the
+    whole is none; φ ≥ 0; ≤ 2.5 ULP."""
     if d.dtype == tl.float64:
         low: tl.constexpr = -1.0
         high: tl.constexpr = 1.0

@@ -19,6 +19,16 @@ def number(name: str, value: object, or_else: str = "") -> float:
         return math.inf
 
 
+def refuse_tracked(name: str, parameter: Tensor) -> None:
+    """Raises for one of Opacus' parameters: its hooks see calls of layers alone, and would leave
+    the loss's own parameters without a per-sample gradient, silently."""
+    if hasattr(parameter, "grad_sample"):
+        raise TypeError(
+            f"Opacus tracks the parameter {name}, of which no per-sample gradient can be made: "
+            "leave the criterion out of its GradSampleModule, or let the decoder give it"
+        )
+
+
 class Likelihood(nn.Module):
     """A reconstruction likelihood p(x | parameters), factorized over elements.
 

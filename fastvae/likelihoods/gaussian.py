@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._math import half_square
-from fastvae.likelihoods._base import Likelihood, number
+from fastvae.likelihoods._base import Likelihood, number, refuse_tracked
 
 _HALF_LN_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -84,11 +84,7 @@ class Gaussian(Likelihood):
     def params(self, recon: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.logvar is None:
             return recon
-        if hasattr(self.logvar, "grad_sample"):
-            raise TypeError(
-                "Opacus tracks the parameter logvar, of which no per-sample gradient can be made: "
-                "leave the criterion out of its GradSampleModule, or let the decoder give logvar"
-            )
+        refuse_tracked("logvar", self.logvar)
         return (*recon, self.logvar)
 
     def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
