@@ -205,15 +205,17 @@ def reciprocal(d):
 def log1p(x):
     """ln(1 + x) for every x; ≤ 0.8 ULP. The rounding c of u = 1 + x is put back: ln(u + c) ≈
     ln u + c / u. Where u is next to 1 that is as large as the result, so the quotient is mended;
-    from u = 2²⁴ it is below 2⁻²³, which ln u > 16 doesn't feel."""
+    c is 0 from u = 2²⁵ on."""
     u = 1.0 + x
-    felt = (u > 0) & (u < 16777216.0)
-    d = tl.where(felt, u, 1.0)
+    d = tl.where(u > 0, u, 1.0)
     c = x - (u - 1.0)
     r = 1.0 / d
     q = c * r
-    correction = tl.where(felt, tl.fma(tl.fma(-q, d, c), r, q), 0.0)
-    y = tl.log(u) + correction if x.dtype == tl.float64 else log_plus(u, correction)
+    correction = tl.fma(tl.fma(-q, d, c), r, q)
+    if x.dtype == tl.float64:
+        y = tl.log(u) + tl.where(u < float("inf"), correction, 0.0)
+    else:
+        y = log_plus(u, correction)
     return tl.where(u == 1.0, x, y)
 
 
