@@ -65,9 +65,10 @@ struct HalfPhiExpm1Tensor {
 
 // e^d − 1 − d: its series for |d| < 1, where the difference cancels (up to d^20 / 20!).
 inline HalfPhiExpm1Tensor half_phi_expm1(const Tensor& d) {
-  // Beyond 40 the one counts for nothing; e^d by its root, as half of it may be a number alone.
+  // Beyond 40 the one counts for nothing; e^d by its root, as half of it may be a number alone. The
+  // derivative of clamp_max at its bound is 1 or 0, by torch's version: the bound lies beyond 40.
   const Tensor root = at::exp(0.5 * d), s = at::clamp(d, -1.0, 1.0);
-  const Tensor e = at::where(d > 40.0, 0.5 * root * root, 0.5 * at::expm1(at::clamp_max(d, 40.0)));
+  const Tensor e = at::where(d > 40.0, 0.5 * root * root, 0.5 * at::expm1(at::clamp_max(d, 41.0)));
   Tensor series = at::full_like(s, 1.0 / std::tgamma(21.0));
   for (int k = 19; k >= 2; --k) series = series * s + 1.0 / std::tgamma(k + 1.0);
   return {at::where(d.abs() < 1.0, 0.5 * series * s * s, e - 0.5 * d), e};

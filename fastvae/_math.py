@@ -51,5 +51,6 @@ def half_phi(d: Tensor) -> Tensor:
     fixed = d.detach()
     root = (0.5 * fixed).exp()
     large = 0.5 * root * root * (d - fixed).exp()
-    expm1 = torch.where(d > 40, large, 0.5 * d.clamp_max(40).expm1())
+    # clamp_max's derivative at its bound is 1 or 0, by torch's version: the bound lies beyond 40.
+    expm1 = torch.where(d > 40, large, 0.5 * d.clamp_max(41).expm1())
     return torch.where(d.abs() < 1, 0.5 * series * s * s, expm1 - 0.5 * d)
