@@ -127,9 +127,7 @@ Tensor kl_gradient(const Call& call, const Tensor& upstream, const Tensor& x, bo
 // d(loss) / d(weight): upstream · (c β KL − c ln p), [batch].
 Tensor weight_gradient(const Saved& saved, const Tensor& upstream) {
   const Call& call = saved.call;
-  std::vector<Tensor> inputs = saved.inputs;
-  inputs.push_back(saved.kl);
-  const bool graph = needs_composite_backward({upstream}, inputs);
+  const bool graph = needs_composite_backward({upstream, saved.kl}, saved.inputs);
   const Tensor rows =
       graph ? rowwise_composite(call.spec, saved.inputs, call.mask) : saved.log_likelihood;
   Tensor per_sample = (rows.dim() == 2 ? rows.sum(0) : rows) * call.scale;  // which holds −c / K
@@ -161,7 +159,7 @@ struct Elbo : torch::autograd::Function<Elbo> {
     if (!upstream[0].defined()) return grads;
     if (ctx->needs_input_grad(count)) {
       const bool graph =
-          needs_composite_backward({upstream[0]}, {saved.call.weight.value_or(Tensor())});
+          needs_composite_backward({upstream[0], saved.call.weight.value_or(Tensor())}, {});
       grads[count] = kl_gradient(saved.call, upstream[0], saved.inputs[0], graph);
     }
     if (saved.kl.defined()) grads[count + 1] = weight_gradient(saved, upstream[0]);

@@ -140,9 +140,8 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
   const size_t count = call.needs.size();
   variable_list out(count);
   std::vector<Tensor> grads;
-  std::vector<Tensor> differentiable = saved.inputs;
-  if (call.weight) differentiable.push_back(*call.weight);
-  if (needs_composite_backward({upstream}, differentiable)) {
+  if (needs_composite_backward({upstream}, saved.inputs) ||
+      (call.weight && needs_composite_backward({}, {*call.weight}))) {
     TORCH_CHECK(!call.overwrite,
                 "inplace_backward=True overwrote the reconstruction by its gradient: leave it out "
                 "for create_graph=True or batched gradients");

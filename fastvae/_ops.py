@@ -1,4 +1,4 @@
-"""torch.ops.fastvae for tracing: what each operator returns, without running it."""
+"""torch.ops.fastvae for tracing and vmap: what operators return without running, and lanes."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -40,6 +40,15 @@ def _noise_each(
     return seeds.new_empty(seeds.shape[0], num_samples, *size, dtype=torch.float32)
 
 
+def _each_lane(
+    op: Any, in_dims: tuple[int | None, ...], lanes: int, seeds: Tensor, index: Tensor, *stream: Any
+) -> tuple[Tensor, int]:
+    """Lane by lane: each has a sample_index of its own, which no operator takes several of."""
+    rows = index.movedim(cast(int, in_dims[4]), 0)
+    each = [seeds] * lanes if in_dims[0] is None else list(seeds.movedim(in_dims[0], 0))
+    return torch.stack([op(s, *stream, i) for s, i in zip(each, rows, strict=True)]), 0
+
+
 @torch.library.register_vmap("fastvae::noise")
 def _noise_vmap(
     info: Any,
@@ -51,17 +60,11 @@ def _noise_vmap(
     sample_index: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """A seed for each lane under randomness="different"; one for all otherwise."""
-    lanes = info.batch_size
-    if len(in_dims) < 5 or in_dims[4] is None:
-        seeds = seed.movedim(cast(int, in_dims[0]), 0).reshape(lanes)  # else no lane would differ
-        return ops.noise_each(seeds, size, num_samples, sample_offset, sample_index), 0
-    assert sample_index is not None
-    rows = sample_index.movedim(in_dims[4], 0)
-    each = [seed] * lanes if in_dims[0] is None else list(seed.movedim(in_dims[0], 0))
-    eps = [
-        ops.noise(s, size, num_samples, sample_offset, i) for s, i in zip(each, rows, strict=True)
-    ]
-    return torch.stack(eps), 0
+    lanes, stream = info.batch_size, (size, num_samples, sample_offset)
+    if sample_index is not None and in_dims[4] is not None:
+        return _each_lane(ops.noise, in_dims, lanes, seed, sample_index, *stream)
+    seeds = seed.movedim(cast(int, in_dims[0]), 0).reshape(lanes)  # else no lane would differ
+    return ops.noise_each(seeds, *stream, sample_index), 0
 
 
 @torch.library.register_vmap("fastvae::noise_each")
@@ -75,20 +78,11 @@ def _noise_each_vmap(
     sample_index: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Nested: the lanes of both as one dimension."""
-    lanes = info.batch_size
-    if len(in_dims) > 4 and in_dims[4] is not None:
-        assert sample_index is not None
-        rows = sample_index.movedim(in_dims[4], 0)
-        each = [seeds] * lanes if in_dims[0] is None else list(seeds.movedim(in_dims[0], 0))
-        return torch.stack(
-            [
-                ops.noise_each(s, size, num_samples, sample_offset, i)
-                for s, i in zip(each, rows, strict=True)
-            ]
-        ), 0
-    flat = seeds.movedim(cast(int, in_dims[0]), 0)
-    eps = ops.noise_each(flat.flatten(), size, num_samples, sample_offset, sample_index)
-    return eps.unflatten(0, flat.shape), 0
+    stream = (size, num_samples, sample_offset)
+    if sample_index is not None and in_dims[4] is not None:
+        return _each_lane(ops.noise_each, in_dims, info.batch_size, seeds, sample_index, *stream)
+    both = seeds.movedim(cast(int, in_dims[0]), 0)
+    return ops.noise_each(both.flatten(), *stream, sample_index).unflatten(0, both.shape), 0
 
 
 def _sample_like(mu: Tensor, num_samples: int | None) -> Tensor:

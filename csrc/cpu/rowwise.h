@@ -327,10 +327,11 @@ inline bool params_are(DType dtype, const RowwiseArgs& a) {
 
 template <class F, class T, class X, class S, bool Masked>
 inline void rowwise_stored(const RowwiseArgs& a) {
-  auto range = rowwise_range<F, T, X, S, true, Masked>;  // where no gradient is wanted, none is
-  if constexpr (std::is_same_v<T, float> && !Masked)     // written: a loop of its own, which takes
-    if (!a.want_grad)
-      range = rowwise_range<F, T, X, S, false, Masked>;  // a compiler 1 s, for these
+  // The loop with gradients writes none where none is wanted. The one without, a second of
+  // compiling for each formula, is made for the common case alone.
+  auto range = rowwise_range<F, T, X, S, true, Masked>;
+  if constexpr (std::is_same_v<T, float> && !Masked)
+    if (!a.want_grad) range = rowwise_range<F, T, X, S, false, Masked>;
   parallel_units(a.rows * chunks(a.cols), std::min(a.cols, row_chunk), [&](auto&& ranges) {
     unsigned outside = 0;
     ranges([&](int64_t begin, int64_t end) { range(a, begin, end, outside); });
