@@ -80,12 +80,12 @@ std::optional<int64_t> row_stride(const Tensor& t, int64_t lead) {
 
 }  // namespace
 
-void sum_chunks(const double* partial, int64_t chunks, int64_t step, const Tensor& out) {
+void sum_chunks(const double* partial, int64_t chunks, const Tensor& out) {
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "fastvae_rows", [&] {
     auto* p = out.mutable_data_ptr<scalar_t>();
     for (int64_t r = 0; r < out.numel(); ++r) {
       double sum = 0;
-      for (int64_t c = 0; c < chunks; ++c, partial += step) sum += *partial;
+      for (int64_t c = 0; c < chunks; ++c) sum += *partial++;
       p[r] = static_cast<scalar_t>(sum);
     }
   });

@@ -94,8 +94,8 @@ inline Tensor matrix(const RowOperand& r, int64_t cols) {
 // contiguous or one repeated element.
 RowOperand as_rows(const Tensor& t, int64_t lead);
 
-// out[r] = Σ over the chunks of row r, in order, of every `step`-th partial sum.
-void sum_chunks(const double* partial, int64_t chunks, int64_t step, const Tensor& out);
+// out[r] = Σ over the chunks of row r, in order.
+void sum_chunks(const double* partial, int64_t chunks, const Tensor& out);
 
 inline int64_t product(at::IntArrayRef sizes) { return c10::multiply_integers(sizes); }
 

@@ -157,16 +157,17 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
     const Tensor view = scalar ? t.reshape({1}) : t;
     operands[j] = as_rows(view, scalar ? 1 : view.dim() - event);
     a.in[j] = operands[j].operand;
+    if (a.cols == 1) a.in[j].per_row = false;  // its one column is as good as a row of them
   }
   if (mask) a.mask = (mask_rows = as_rows(*mask, 1)).operand;
   if (weight) a.weight = (weight_rows = as_rows(*weight, weight->dim())).operand;
+  if (a.cols == 1) a.weight.per_row = a.mask.per_row = false;
 
   RowwiseResult result;
   for (size_t j = 0; j < needs.size(); ++j) {
     if (!needs[j]) continue;
     a.want_grad = true;
     if (j > 0 && inputs[j].sizes() != full.sizes()) {
-      a.sum_grad[j] = true;
       std::vector<int64_t> sizes(row_sizes.begin(), row_sizes.end());
       sizes.resize(full.dim(), 1);
       result.grads.push_back(empty(sizes, compute, full.device()));
@@ -187,7 +188,7 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
     for (size_t j = 0, k = 0; j < needs.size(); ++j) {
       if (!needs[j]) continue;
       const Tensor& grad = result.grads[k++];
-      grads.push_back(a.sum_grad[j] ? grad.view({a.rows}) : grad.view({a.rows, a.cols}));
+      grads.push_back(a.grad[j].data ? grad.view({a.rows, a.cols}) : grad.view({a.rows}));
     }
     const auto mask_view = mask ? OptTensor(matrix(mask_rows, a.cols).view(at::kByte)) : mask;
     const auto weight_view = weight ? OptTensor(matrix(weight_rows, 1)) : weight;
@@ -196,20 +197,25 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
     return result;
   }
 
-  const int64_t per_row = chunks(a.cols), width = 1 + max_inputs;
-  const std::unique_ptr<double[]> sums(new double[a.rows * per_row * width]);
+  // A row in several chunks has as many partial sums.
+  const int64_t parts = chunks(a.cols);
+  std::vector<std::pair<Tensor, std::unique_ptr<double[]>>> sums;
+  auto summed = [&](const Tensor& out) -> void* {
+    if (parts == 1) return out.mutable_data_ptr();
+    sums.emplace_back(out, new double[a.rows * parts]);
+    return sums.back().second.get();
+  };
+  a.sum[0] = summed(result.value);
+  for (size_t j = 0, k = 0; j < needs.size(); ++j) {
+    if (!needs[j]) continue;
+    const Tensor& grad = result.grads[k++];
+    if (!a.grad[j].data) a.sum[1 + j] = summed(grad);
+  }
   unsigned outside = 0;
-  a.sums = sums.get();
   a.outside = &outside;
   kernels().rowwise(a);
   if (outside) raise_outside(spec, inputs, mask, outside, overwrite);
-
-  sum_chunks(a.sums, per_row, width, result.value);
-  for (size_t j = 0, k = 0; j < needs.size(); ++j) {
-    if (!needs[j]) continue;
-    if (a.sum_grad[j]) sum_chunks(a.sums + 1 + j, per_row, width, result.grads[k]);
-    ++k;
-  }
+  for (const auto& [out, partial] : sums) sum_chunks(partial.get(), parts, out);
   return result;
 }
 

@@ -135,7 +135,7 @@ SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& 
   const std::unique_ptr<double[]> partial(want_kl ? new double[a.batch * per_row] : nullptr);
   a.kl = partial.get();
   kernels().sample(a);
-  if (want_kl) sum_chunks(a.kl, per_row, 1, kl);
+  if (want_kl) sum_chunks(a.kl, per_row, kl);
   return {z, kl};
 }
 

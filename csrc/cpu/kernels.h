@@ -40,13 +40,13 @@ struct RowwiseArgs {
   Operand in[max_inputs];  // in the formula's order
   Operand mask;            // u8, 0 leaves the element out; data null: no mask
   double options[max_options];
-  double scale;               // multiplies every gradient …
-  Operand weight;             // … and so does the row's weight (per_row); data null: 1
-  bool want_grad;             // any gradient at all
-  Output grad[max_inputs];    // the dense gradients, [rows, cols]
-  bool sum_grad[max_inputs];  // the gradient is summed along the row, into `sums`
-  // [rows * chunks(cols)][1 + max_inputs]: the value, then the summed gradients.
-  double* sums;
+  double scale;             // multiplies every gradient …
+  Operand weight;           // … and so does the row's weight (per_row); data null: 1
+  bool want_grad;           // any gradient at all
+  Output grad[max_inputs];  // the dense gradients, [rows, cols]
+  // The value's sum along each row, then those of gradients that are summed along it; null: not
+  // wanted. [rows] in the compute type where a row is one chunk, else doubles, [rows * chunks].
+  void* sum[1 + max_inputs];
   unsigned* outside;  // bit j is set where input j leaves its domain
 };
 

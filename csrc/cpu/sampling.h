@@ -21,15 +21,8 @@ inline const T* load_noise(Normals& normals, uint64_t index, int64_t n, T* buffe
   }
 }
 
-// A piece of work that fits the L1 cache: columns [col, col + cols) of `rows` rows from `row` on.
-// More than one row only where they are whole and lie end to end, as short ones mostly do.
-struct Tile {
-  int64_t row, rows, col, cols;
-  int64_t size() const { return rows * cols; }
-};
-
 inline bool end_to_end(const Operand& x, int64_t rows, int64_t cols) {
-  return !x.data || (!x.per_row && x.row_stride == cols && x.period >= rows);
+  return !x.data || end_to_end(x, Tile{0, rows, 0, cols});
 }
 
 // Calls body(normals, tile) for all of [batch, cols], over threads. `dense`: rows lie end to end.
@@ -75,8 +68,8 @@ inline void sample_as(const SampleArgs& a) {
   for_tiles(a, dense, [&](Normals& normals, const Tile& t) {
     alignas(64) T mu_buffer[tile], logvar_buffer[tile], buffer[tile], z_buffer[tile];
     const int64_t n = t.size();
-    const T* mu = load_tile(a.mu, t.row, t.col, n, mu_buffer);
-    const T* logvar = load_tile(a.logvar, t.row, t.col, n, logvar_buffer);
+    const T* mu = load_tile(a.mu, t, mu_buffer);
+    const T* logvar = load_tile(a.logvar, t, logvar_buffer);
     for (int64_t k = 0; k < a.stream.num_samples; ++k) {
       const int64_t start = (k * a.batch + t.row) * a.cols + t.col;
       const T* eps = load_noise(normals, stream_index(a, t.row, k, t.col), n, buffer);
@@ -104,22 +97,21 @@ inline void sample_backward_as(const SampleBackwardArgs& a) {
   for_tiles(a, dense, [&](Normals& normals, const Tile& t) {
     alignas(64) T mu_buffer[tile], logvar_buffer[tile], eps_buffer[tile], dz_buffer[tile];
     alignas(64) T dmu_buffer[tile], dlogvar_buffer[tile];
-    alignas(64) T sum_dz[tile], sum_eps_dz[tile], grad_kl[tile];
+    alignas(64) T sum_dz[tile], sum_eps_dz[tile], grad_kl_buffer[tile];
     const int64_t n = t.size(), start = t.row * a.cols + t.col;
-    const T* mu = load_tile(a.mu, t.row, t.col, n, mu_buffer);
-    const T* logvar = load_tile(a.logvar, t.row, t.col, n, logvar_buffer);
+    const T* mu = load_tile(a.mu, t, mu_buffer);
+    const T* logvar = load_tile(a.logvar, t, logvar_buffer);
     std::memset(sum_dz, 0, n * sizeof(T));
     std::memset(sum_eps_dz, 0, n * sizeof(T));
     for (int64_t k = 0; a.grad_z.data && k < a.stream.num_samples; ++k) {
       const T* eps = load_noise(normals, stream_index(a, t.row, k, t.col), n, eps_buffer);
-      const T* dz = load_tile(a.grad_z, k * a.batch + t.row, t.col, n, dz_buffer);
+      const T* dz = load_tile(a.grad_z, {k * a.batch + t.row, t.rows, t.col, t.cols}, dz_buffer);
       for (int64_t i = 0; i < n; ++i) {
         sum_dz[i] += dz[i];
         sum_eps_dz[i] += eps[i] * dz[i];
       }
     }
-    for (int64_t r = 0; a.grad_kl.data && r < t.rows; ++r)
-      load_tile(a.grad_kl, t.row + r, 0, t.cols, grad_kl + r * t.cols);
+    const T* grad_kl = a.grad_kl.data ? load_tile(a.grad_kl, t, grad_kl_buffer) : nullptr;
     T* dmu = output_tile(a.grad_mu, start, dmu_buffer);
     T* dlogvar = output_tile(a.grad_logvar, start, dlogvar_buffer);
     for_vectors<T>(n, [&](int64_t i, auto c) __attribute__((always_inline)) {

@@ -1,0 +1,113 @@
+// A piece of a matrix that fits the L1 cache, and how operands get into it and outputs out of it.
+#pragma once
+
+#include "groups.h"
+#include "kernels.h"
+
+namespace fastvae {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t tile = 1024;
+static_assert(row_chunk % tile == 0);
+
+template <class Fn>
+inline void with_dtype(DType dtype, Fn&& fn) {
+  switch (dtype) {
+    case DType::f64:
+      return fn(double{});
+    case DType::f32:
+      return fn(float{});
+    case DType::bf16:
+      return fn(c10::BFloat16{});
+    case DType::f16:
+      return fn(c10::Half{});
+    case DType::u8:
+      return fn(uint8_t{});
+  }
+}
+
+template <class T>
+constexpr DType dtype_of = std::is_same_v<T, double>  ? DType::f64
+                           : std::is_same_v<T, float> ? DType::f32
+                                                      : DType::bf16;
+
+// buffer = source in the compute type. ATen's own conversion is scalar from 16-bit types.
+template <class T, class S>
+inline void widen(const S* source, int64_t n, T* buffer) {
+  constexpr bool bf16 = std::is_same_v<S, c10::BFloat16>, f16 = std::is_same_v<S, c10::Half>;
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, float> && (bf16 || f16)) {
+    for (; i + F32::size() <= n; i += F32::size()) {
+      F32 v;
+      __builtin_prefetch(source + i + tile, 0, 2);  // the next tile, with a formula in between
+      if constexpr (bf16)
+        at::vec::load_fp32_from_bf16(source + i, v);
+      else
+        at::vec::load_fp32_from_fp16(source + i, v);
+      v.store(buffer + i);
+    }
+  }
+  at::vec::convert<S, T>(source + i, buffer + i, n - i);
+}
+
+// Columns [col, col + cols) of `rows` rows from `row` on, one behind the other. More than one row
+// only where they are whole.
+struct Tile {
+  int64_t row, rows, col, cols;
+  int64_t size() const { return rows * cols; }
+};
+
+// Whether the tile's elements lie end to end in the operand.
+inline bool end_to_end(const Operand& x, const Tile& t) {
+  if (x.per_row) return false;
+  return t.rows == 1 || (x.row_stride == t.cols && t.row % x.period + t.rows <= x.period);
+}
+
+// The tile of an operand as T: in place where possible, else in `buffer`.
+template <class T>
+inline const T* load_tile(const Operand& x, const Tile& t, T* buffer) {
+  const bool whole = end_to_end(x, t);
+  const int64_t first = t.row % x.period * x.row_stride + (x.per_row ? 0 : t.col);
+  if (whole && x.dtype == dtype_of<T>) return static_cast<const T*>(x.data) + first;
+  if constexpr (std::is_floating_point_v<T>) {
+    with_dtype(x.dtype, [&](auto s) {
+      const auto* data = static_cast<const decltype(s)*>(x.data);
+      if (whole) return widen(data + first, t.size(), buffer);
+      T* to = buffer;
+      if (x.per_row && t.cols < 8) {  // a column of all rows at a time, as in sum_rows
+        for (int64_t c = 0; c < t.cols; ++c)
+          for (int64_t r = 0; r < t.rows; ++r)
+            to[r * t.cols + c] = static_cast<T>(data[(t.row + r) % x.period * x.row_stride]);
+        return;
+      }
+      for (int64_t r = 0; r < t.rows; ++r, to += t.cols) {
+        const auto* row = data + (t.row + r) % x.period * x.row_stride;
+        if (x.per_row)
+          std::fill_n(to, t.cols, static_cast<T>(*row));
+        else
+          widen(row + t.col, t.cols, to);
+      }
+    });
+  }
+  return buffer;
+}
+
+// Where a tile of an output is written: in place, or in `buffer` until store_tile converts it.
+template <class T>
+inline T* output_tile(const Output& y, int64_t start, T* buffer) {
+  return y.dtype == dtype_of<T> ? static_cast<T*>(y.data) + start : buffer;
+}
+
+template <class T>
+inline void store_tile(const Output& y, int64_t start, int64_t n, const T* values) {
+  if constexpr (std::is_floating_point_v<T>) {
+    if (y.dtype == dtype_of<T>) return;
+    with_dtype(y.dtype, [&](auto s) {
+      using S = decltype(s);
+      at::vec::convert<T, S>(values, static_cast<S*>(y.data) + start, n);
+    });
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastvae
