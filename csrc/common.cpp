@@ -2,6 +2,9 @@
 
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <algorithm>
+#include <numeric>
+
 namespace fastvae {
 
 bool needs_composite(at::TensorList inputs) {
@@ -49,36 +52,58 @@ DType dtype_of(const Tensor& t) {
 
 namespace {
 
-bool columns_contiguous(const Tensor& t, int64_t lead) {
-  int64_t expected = 1;
-  for (int64_t d = t.dim() - 1; d >= lead; --d) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
 bool columns_repeated(const Tensor& t, int64_t lead) {
   for (int64_t d = lead; d < t.dim(); ++d)
     if (t.size(d) != 1 && t.stride(d) != 0) return false;
   return true;
 }
 
-// The lead dimensions as one: its stride, if they have one.
-std::optional<int64_t> row_stride(const Tensor& t, int64_t lead) {
-  int64_t stride = 0, rows = 1;
-  for (int64_t d = lead - 1; d >= 0; --d) {
+// The dimensions [first, last) as one: its stride, if they have one; 0 where they hold one element.
+std::optional<int64_t> merged_stride(const Tensor& t, int64_t first, int64_t last) {
+  int64_t stride = 0, count = 1;
+  for (int64_t d = last - 1; d >= first; --d) {
     if (t.size(d) == 1) continue;
-    if (rows == 1)
+    if (count == 1)
       stride = t.stride(d);
-    else if (t.stride(d) != stride * rows)
+    else if (t.stride(d) != stride * count)
       return std::nullopt;
-    rows *= t.size(d);
+    count *= t.size(d);
   }
   return stride;
 }
 
 }  // namespace
+
+std::vector<int64_t> memory_order(const Tensor& t, int64_t lead) {
+  if (merged_stride(t, lead, t.dim())) return {};
+  std::vector<int64_t> order(t.dim() - lead);
+  std::iota(order.begin(), order.end(), lead);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  for (int64_t& d : order) d -= lead;
+  return merged_stride(permute_event(t, order), lead, t.dim()) ? order : std::vector<int64_t>();
+}
+
+Tensor permute_event(const Tensor& t, at::IntArrayRef order) {
+  if (order.empty()) return t;
+  const int64_t lead = t.dim() - static_cast<int64_t>(order.size());
+  std::vector<int64_t> dims(t.dim());
+  std::iota(dims.begin(), dims.begin() + lead, 0);
+  for (size_t i = 0; i < order.size(); ++i) dims[lead + i] = lead + order[i];
+  return t.permute(dims);
+}
+
+Tensor empty_event(at::IntArrayRef sizes, at::IntArrayRef order, at::ScalarType type,
+                   at::Device device) {
+  if (order.empty()) return empty(sizes, type, device);
+  const int64_t lead = static_cast<int64_t>(sizes.size() - order.size());
+  std::vector<int64_t> stored(sizes.begin(), sizes.begin() + lead), back(order.size());
+  for (size_t i = 0; i < order.size(); ++i) {
+    stored.push_back(sizes[lead + order[i]]);
+    back[order[i]] = static_cast<int64_t>(i);
+  }
+  return permute_event(empty(stored, type, device), back);
+}
 
 void sum_chunks(const double* partial, int64_t chunks, const Tensor& out) {
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "fastvae_rows", [&] {
@@ -93,17 +118,21 @@ void sum_chunks(const double* partial, int64_t chunks, const Tensor& out) {
 
 RowOperand as_rows(const Tensor& t, int64_t lead) {
   RowOperand r{t, {}};
-  auto stride = row_stride(t, lead);
+  const int64_t rows = product(t.sizes().slice(0, lead)), cols = product(t.sizes().slice(lead));
+  auto stride = merged_stride(t, 0, lead);
+  const auto step = merged_stride(t, lead, t.dim());
   r.operand.per_row = columns_repeated(t, lead);
-  if (!stride || !(r.operand.per_row || columns_contiguous(t, lead))) {
-    r.storage = t.contiguous();
-    r.operand.per_row = columns_repeated(r.storage, lead);  // still so where the columns are one
-    stride = row_stride(r.storage, lead);
+  if (!stride || !(r.operand.per_row || step == 1)) {
+    // ATen transposes matrices in blocks, other tensors element by element.
+    const bool matrix = stride && step;
+    r.storage = (matrix ? t.as_strided({rows, cols}, {*stride, *step}) : t).contiguous();
+    r.operand.per_row = columns_repeated(r.storage, matrix ? 1 : lead);  // the columns may be one
+    stride = cols;
   }
   r.operand.data = r.storage.const_data_ptr();
   r.operand.dtype = dtype_of(t);
   r.operand.row_stride = *stride;
-  r.operand.period = std::max<int64_t>(1, product(t.sizes().slice(0, lead)));
+  r.operand.period = std::max<int64_t>(1, rows);
   return r;
 }
 

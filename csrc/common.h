@@ -90,6 +90,18 @@ inline Tensor matrix(const RowOperand& r, int64_t cols) {
   return r.storage.as_strided({o.period, cols}, {o.row_stride, o.per_row ? 0 : 1});
 }
 
+// The event dimensions, those behind the first `lead`, in the order in which they lie densely in
+// memory (channels_last has its channels innermost); empty where that is their own order, or where
+// there is none. A row's elements may come in any order that its operands share.
+std::vector<int64_t> memory_order(const Tensor& t, int64_t lead);
+
+// `t` with its last dimensions, as many as there are in `order`, so permuted.
+Tensor permute_event(const Tensor& t, at::IntArrayRef order);
+
+// A tensor of these sizes whose event dimensions lie in that order.
+Tensor empty_event(at::IntArrayRef sizes, at::IntArrayRef order, at::ScalarType type,
+                   at::Device device);
+
 // `t` with its first `lead` dimensions as rows, the rest as columns. No copy where the columns are
 // contiguous or one repeated element.
 RowOperand as_rows(const Tensor& t, int64_t lead);
@@ -117,6 +129,13 @@ inline double scalar_value(const Tensor& t) {
   double value = 0;
   with_values(t, [&](const auto* p) { value = static_cast<double>(*p); });
   return value;
+}
+
+// A dense tensor whose rows lie one behind the other, as a matrix; the order within a row is that
+// of memory.
+inline Tensor dense_rows(const Tensor& t, int64_t rows) {
+  const int64_t cols = rows ? t.numel() / rows : 0;
+  return t.as_strided({rows, cols}, {cols, 1});
 }
 
 // [rows...] with `n` trailing dimensions of one, to multiply [rows..., event...].

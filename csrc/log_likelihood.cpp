@@ -129,7 +129,7 @@ const Tensor& scale_rows(const Tensor& grad, const Tensor& upstream, int64_t eve
   const auto rows = grad.sizes().slice(0, grad.dim() - event);
   const int64_t count = product(rows);
   if (grad.numel() > 0)
-    triton::scale_grad(grad.view({count, grad.numel() / count}), upstream.expand(rows).flatten());
+    triton::scale_grad(dense_rows(grad, count), upstream.expand(rows).flatten());
   return grad;
 }
 

@@ -142,6 +142,7 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   const int64_t event = x.dim() - 1, lead = full.dim() - event;
   const auto row_sizes = full.sizes().slice(0, lead);
   const auto compute = compute_type(full.scalar_type());
+  const auto order = memory_order(full, lead);
 
   RowwiseArgs a{};
   a.family = spec.family;
@@ -154,12 +155,12 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   for (size_t j = 0; j < inputs.size(); ++j) {
     const Tensor& t = inputs[j];
     const bool scalar = t.numel() == 1 && t.dim() != full.dim();
-    const Tensor view = scalar ? t.reshape({1}) : t;
+    const Tensor view = scalar ? t.reshape({1}) : permute_event(t, order);
     operands[j] = as_rows(view, scalar ? 1 : view.dim() - event);
     a.in[j] = operands[j].operand;
     if (a.cols == 1) a.in[j].per_row = false;  // its one column is as good as a row of them
   }
-  if (mask) a.mask = (mask_rows = as_rows(*mask, 1)).operand;
+  if (mask) a.mask = (mask_rows = as_rows(permute_event(*mask, order), 1)).operand;
   if (weight) a.weight = (weight_rows = as_rows(*weight, weight->dim())).operand;
   if (a.cols == 1) a.weight.per_row = a.mask.per_row = false;
 
@@ -172,9 +173,10 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
       sizes.resize(full.dim(), 1);
       result.grads.push_back(empty(sizes, compute, full.device()));
     } else {
-      result.grads.push_back(overwrite && j > 0
-                                 ? inputs[j].detach()
-                                 : empty(full.sizes(), inputs[j].scalar_type(), full.device()));
+      result.grads.push_back(
+          overwrite && j > 0
+              ? inputs[j].detach()
+              : empty_event(full.sizes(), order, inputs[j].scalar_type(), full.device()));
       a.grad[j] = {result.grads.back().mutable_data_ptr(), dtype_of(inputs[j])};
     }
   }
@@ -188,7 +190,7 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
     for (size_t j = 0, k = 0; j < needs.size(); ++j) {
       if (!needs[j]) continue;
       const Tensor& grad = result.grads[k++];
-      grads.push_back(a.grad[j].data ? grad.view({a.rows, a.cols}) : grad.view({a.rows}));
+      grads.push_back(a.grad[j].data ? dense_rows(grad, a.rows) : grad.view({a.rows}));
     }
     const auto mask_view = mask ? OptTensor(matrix(mask_rows, a.cols).view(at::kByte)) : mask;
     const auto weight_view = weight ? OptTensor(matrix(weight_rows, 1)) : weight;

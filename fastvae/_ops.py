@@ -1,5 +1,6 @@
 """torch.ops.fastvae for tracing and vmap: what operators return without running, and lanes."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -131,6 +132,19 @@ def _rsample_backward(
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
+def _event_like(full: Tensor, lead: int, dtype: torch.dtype) -> Tensor:
+    """Empty, its event dimensions in the order in which those of `full` lie densely in memory, if
+    they do: csrc/common.cpp's memory_order and empty_event."""
+    order = sorted(range(lead, full.dim()), key=full.stride, reverse=True)
+    wide = [d for d in order if full.shape[d] != 1]
+    for outer, inner in itertools.pairwise(wide):
+        if full.stride(outer) != full.stride(inner) * full.shape[inner]:
+            return full.new_empty(full.shape, dtype=dtype)
+    dims = [*range(lead), *order]
+    stored = full.new_empty([full.shape[d] for d in dims], dtype=dtype)
+    return stored.permute([dims.index(d) for d in range(full.dim())])
+
+
 @register("fastvae::kl_divergence")
 def _kl_divergence(
     mu: Tensor,
@@ -152,7 +166,7 @@ def _kl_divergence_backward(
 ) -> list[Tensor]:
     inputs = (mu, logvar, prior_mu, prior_logvar)
     return [
-        t.new_empty(t.shape)
+        _event_like(logvar, 1, t.dtype)
         for t, need in zip(inputs, needs, strict=True)
         if need and t is not None
     ]
@@ -177,7 +191,7 @@ def _log_likelihood_forward(
         if not needs[j]:
             continue
         if j == 0 or t.shape == full.shape:
-            grads.append(full.new_empty(full.shape, dtype=t.dtype))
+            grads.append(_event_like(full, lead, t.dtype))
         else:  # constant along each row: one value per row
             shape = (*full.shape[:lead], *[1] * event_dims)
             grads.append(full.new_empty(shape, dtype=compute_dtype(full.dtype)))
