@@ -63,7 +63,7 @@ def kernel(family: str) -> float:
     needs = [False, True, False, False]
 
     def ours() -> None:
-        torch.ops.fastvae.log_likelihood_forward(
+        torch.ops.fastvae.row_forward(
             x, [recon], family, options, None, None, 1.0, needs
         )
 

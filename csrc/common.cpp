@@ -52,12 +52,6 @@ DType dtype_of(const Tensor& t) {
 
 namespace {
 
-bool columns_repeated(const Tensor& t, int64_t lead) {
-  for (int64_t d = lead; d < t.dim(); ++d)
-    if (t.size(d) != 1 && t.stride(d) != 0) return false;
-  return true;
-}
-
 // The dimensions [first, last) as one: its stride, if they have one; 0 where they hold one element.
 std::optional<int64_t> merged_stride(const Tensor& t, int64_t first, int64_t last) {
   int64_t stride = 0, count = 1;
@@ -116,22 +110,21 @@ void sum_chunks(const double* partial, int64_t chunks, const Tensor& out) {
   });
 }
 
-RowOperand as_rows(const Tensor& t, int64_t lead) {
+RowOperand as_rows(const Tensor& t, int64_t lead, bool can_step) {
   RowOperand r{t, {}};
   const int64_t rows = product(t.sizes().slice(0, lead)), cols = product(t.sizes().slice(lead));
-  auto stride = merged_stride(t, 0, lead);
-  const auto step = merged_stride(t, lead, t.dim());
-  r.operand.per_row = columns_repeated(t, lead);
-  if (!stride || !(r.operand.per_row || step == 1)) {
+  auto stride = merged_stride(t, 0, lead), step = merged_stride(t, lead, t.dim());
+  const bool as_it_lies = step && (*step == 0 || *step == 1 || (can_step && cols <= short_row));
+  if (!stride || !as_it_lies) {
     // ATen transposes matrices in blocks, other tensors element by element.
-    const bool matrix = stride && step;
-    r.storage = (matrix ? t.as_strided({rows, cols}, {*stride, *step}) : t).contiguous();
-    r.operand.per_row = columns_repeated(r.storage, matrix ? 1 : lead);  // the columns may be one
+    r.storage = (stride && step ? t.as_strided({rows, cols}, {*stride, *step}) : t).contiguous();
     stride = cols;
+    step = 1;
   }
   r.operand.data = r.storage.const_data_ptr();
   r.operand.dtype = dtype_of(t);
   r.operand.row_stride = *stride;
+  r.operand.col_stride = *step;
   r.operand.period = std::max<int64_t>(1, rows);
   return r;
 }

@@ -87,7 +87,7 @@ struct RowOperand {
 // The operand as a view [period, cols]; a column stride of 0 repeats one element.
 inline Tensor matrix(const RowOperand& r, int64_t cols) {
   const Operand& o = r.operand;
-  return r.storage.as_strided({o.period, cols}, {o.row_stride, o.per_row ? 0 : 1});
+  return r.storage.as_strided({o.period, cols}, {o.row_stride, o.col_stride});
 }
 
 // The event dimensions, those behind the first `lead`, in the order in which they lie densely in
@@ -103,8 +103,9 @@ Tensor empty_event(at::IntArrayRef sizes, at::IntArrayRef order, at::ScalarType 
                    at::Device device);
 
 // `t` with its first `lead` dimensions as rows, the rest as columns. No copy where the columns are
-// contiguous or one repeated element.
-RowOperand as_rows(const Tensor& t, int64_t lead);
+// contiguous or one repeated element; nor, where the kernel can step, where they are few and lie
+// at equal distances.
+RowOperand as_rows(const Tensor& t, int64_t lead, bool can_step = false);
 
 // out[r] = Σ over the chunks of row r, in order.
 void sum_chunks(const double* partial, int64_t chunks, const Tensor& out);

@@ -233,7 +233,7 @@ Terms elbo_routed(const Tensor& x, at::TensorList params, const Tensor& kl, c10:
   if (needs_composite(inputs))
     return elbo_composite(x, params, kl, family, options, mask, weight, beta, reduction);
   inputs.resize(1 + params.size());
-  Call call = make_call(inputs, family, options, mask);
+  Call call = make_call(make_spec(family, options, inputs.size()), inputs, mask);
   const double c = row_scale(parse_reduction(reduction), x);
   // Traced, size() would make constants of the other dimensions too.
   const int64_t samples =

@@ -1,4 +1,4 @@
-// log_likelihood: implementation, autograd, routing; elbo builds on it.
+// log_likelihood: implementation, autograd, routing; elbo and kl_divergence build on it.
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "ops.h"
@@ -10,23 +10,27 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-std::tuple<Tensor, std::vector<Tensor>> log_likelihood_forward_fused(
-    const Tensor& x, at::TensorList params, c10::string_view family, at::ArrayRef<double> options,
-    const OptTensor& mask, const OptTensor& weight, double scale,
-    std::array<bool, max_inputs> needs) {
-  const Spec spec = make_spec(family, options, params.size() + 1);
+std::tuple<Tensor, std::vector<Tensor>> row_forward_fused(const Tensor& x, at::TensorList params,
+                                                          c10::string_view family,
+                                                          at::ArrayRef<double> options,
+                                                          const OptTensor& mask,
+                                                          const OptTensor& weight, double scale,
+                                                          std::array<bool, max_inputs> needs) {
   const std::vector<Tensor> inputs = with_x(x, params);
+  const bool kl = family == formula_name(kl_spec(inputs.size()).family);
+  const Spec spec = kl ? kl_spec(inputs.size()) : make_spec(family, options, inputs.size());
   const Needs list(needs.begin(), needs.begin() + inputs.size());
   auto r = rowwise(spec, inputs, mask, weight, scale, list);
   return {std::move(r.value), std::move(r.grads)};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> log_likelihood_forward(
-    const Tensor& x, at::TensorList params, c10::string_view family, at::ArrayRef<double> options,
-    const OptTensor& mask, const OptTensor& weight, double scale,
-    std::array<bool, max_inputs> needs) {
-  static const auto op =
-      typed_op<decltype(log_likelihood_forward_fused)>("fastvae::log_likelihood_forward");
+std::tuple<Tensor, std::vector<Tensor>> row_forward(const Tensor& x, at::TensorList params,
+                                                    c10::string_view family,
+                                                    at::ArrayRef<double> options,
+                                                    const OptTensor& mask, const OptTensor& weight,
+                                                    double scale,
+                                                    std::array<bool, max_inputs> needs) {
+  static const auto op = typed_op<decltype(row_forward_fused)>("fastvae::row_forward");
   return op.call(x, params, family, options, mask, weight, scale, needs);
 }
 
@@ -35,16 +39,15 @@ std::tuple<Tensor, std::vector<Tensor>> run_forward(const Call& call, at::Tensor
                                                     const Needs& wanted) {
   std::array<bool, max_inputs> needs{};
   std::copy(wanted.begin(), wanted.end(), needs.begin());
-  return log_likelihood_forward(inputs[0], inputs.slice(1), formula_name(call.spec.family),
-                                call.spec.options, call.mask, weight, scale, needs);
+  return row_forward(inputs[0], inputs.slice(1), formula_name(call.spec.family), call.spec.options,
+                     call.mask, weight, scale, needs);
 }
 
 }  // namespace
 
-Call make_call(at::TensorList inputs, c10::string_view family, at::ArrayRef<double> options,
-               const OptTensor& mask) {
+Call make_call(Spec spec, at::TensorList inputs, const OptTensor& mask) {
   Call call;
-  call.spec = make_spec(family, options, inputs.size());
+  call.spec = std::move(spec);
   call.mask = mask;
   call.needs.assign(inputs.size(), false);
   for (size_t j = 0; j < inputs.size() && at::GradMode::is_enabled(); ++j) {
@@ -124,6 +127,13 @@ bool only_ours(const Tensor& grad) {
          grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() == nullptr;
 }
 
+// A scalar, or one that sum() has expanded to the rows.
+bool is_one_number(const Tensor& t) {
+  const auto strides = t.strides();
+  return t.numel() > 0 &&
+         std::all_of(strides.begin(), strides.end(), [](auto s) { return s == 0; });
+}
+
 // grad *= upstream (which broadcasts to [rows...]) in place, by the Triton kernel.
 const Tensor& scale_rows(const Tensor& grad, const Tensor& upstream, int64_t event) {
   const auto rows = grad.sizes().slice(0, grad.dim() - event);
@@ -155,7 +165,7 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
   } else {
     const bool plain = is_plain(upstream), gpu = triton::serves(upstream);
     // On a GPU the kernel looks whether the factor is one: the host would have to wait for it.
-    const bool one = plain && !gpu && upstream.dim() == 0 && scalar_value(upstream) == 1.0;
+    const bool one = plain && !gpu && is_one_number(upstream) && scalar_value(upstream) == 1.0;
     const int64_t event = saved.inputs[0].dim() - 1;
     const Tensor factor = unsqueeze_event(upstream, event);
     for (const Tensor& grad : saved.grads) {
@@ -174,7 +184,7 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
 
 namespace {
 
-struct LogLikelihood : torch::autograd::Function<LogLikelihood> {
+struct Rows : torch::autograd::Function<Rows> {
   static Tensor forward(AutogradContext* ctx, at::TensorList inputs, const Call& call) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return forward_and_save(ctx, inputs, call);
@@ -192,6 +202,8 @@ struct LogLikelihood : torch::autograd::Function<LogLikelihood> {
 
 }  // namespace
 
+Tensor rows_autograd(at::TensorList inputs, const Call& call) { return Rows::apply(inputs, call); }
+
 Tensor log_likelihood_composite(const Tensor& x, at::TensorList params, c10::string_view family,
                                 at::ArrayRef<double> options, const OptTensor& mask) {
   return rowwise_composite(make_spec(family, options, params.size() + 1), with_x(x, params), mask);
@@ -199,7 +211,7 @@ Tensor log_likelihood_composite(const Tensor& x, at::TensorList params, c10::str
 
 Tensor log_likelihood_fused(const Tensor& x, at::TensorList params, c10::string_view family,
                             at::ArrayRef<double> options, const OptTensor& mask) {
-  return std::get<0>(log_likelihood_forward(x, params, family, options, mask, {}, 1.0, {}));
+  return std::get<0>(row_forward(x, params, family, options, mask, {}, 1.0, {}));
 }
 
 namespace {
@@ -208,11 +220,11 @@ Tensor log_likelihood_autograd(const Tensor& x, at::TensorList params, c10::stri
                                at::ArrayRef<double> options, const OptTensor& mask) {
   const auto inputs = with_x(x, params);
   if (needs_composite(inputs)) return log_likelihood_composite(x, params, family, options, mask);
-  return LogLikelihood::apply(at::TensorList(inputs), make_call(inputs, family, options, mask));
+  return rows_autograd(inputs, make_call(make_spec(family, options, inputs.size()), inputs, mask));
 }
 
 void likelihood_implementations(torch::Library& m) {
-  m.impl("log_likelihood_forward", log_likelihood_forward_fused);
+  m.impl("row_forward", row_forward_fused);
   m.impl("log_likelihood", log_likelihood_fused);
 }
 

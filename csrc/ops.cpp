@@ -26,13 +26,10 @@ TORCH_LIBRARY(fastvae, m) {
       "kl_divergence(Tensor mu, Tensor logvar, Tensor? prior_mu=None, Tensor? prior_logvar=None) "
       "-> Tensor");
   m.def(
-      "kl_divergence_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, "
-      "Tensor? prior_logvar, bool[4] needs) -> Tensor[]");
-  m.def(
       "log_likelihood(Tensor x, Tensor[] params, str family, float[] options, Tensor? mask=None) "
       "-> Tensor");
   m.def(
-      "log_likelihood_forward(Tensor x, Tensor[] params, str family, float[] options, Tensor? "
+      "row_forward(Tensor x, Tensor[] params, str family, float[] options, Tensor? "
       "mask, Tensor? weight, float scale, bool[4] needs) -> (Tensor value, Tensor[] grads)");
   m.def(
       "elbo(Tensor x, Tensor[] params, Tensor kl, str family, float[] options, Tensor? mask, "

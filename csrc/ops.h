@@ -16,7 +16,7 @@ inline Spec kl_spec(size_t inputs) {
 Tensor kl_divergence_composite(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
                                const OptTensor& prior_logvar);
 
-// --- log_likelihood.cpp: what elbo shares ---
+// --- log_likelihood.cpp: what elbo and kl_divergence share ---
 
 // What a call needs besides its differentiable inputs; the KL's field is elbo's alone.
 struct Call {
@@ -38,8 +38,10 @@ struct Call {
 };
 
 // The gradients that are wanted are those that autograd will ask for.
-Call make_call(at::TensorList inputs, c10::string_view family, at::ArrayRef<double> options,
-               const OptTensor& mask);
+Call make_call(Spec spec, at::TensorList inputs, const OptTensor& mask);
+
+// The value of each row, with the autograd Function of every row formula.
+Tensor rows_autograd(at::TensorList inputs, const Call& call);
 
 // Runs the fused op and saves what backward needs: inputs, mask, weight, gradients, and the call.
 // With a `kl`, which the gradient of elbo's weight needs, that and the rows' ln p as well.

@@ -143,6 +143,7 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   const auto row_sizes = full.sizes().slice(0, lead);
   const auto compute = compute_type(full.scalar_type());
   const auto order = memory_order(full, lead);
+  const bool on_cpu = !triton::serves(full);
 
   RowwiseArgs a{};
   a.family = spec.family;
@@ -156,13 +157,11 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
     const Tensor& t = inputs[j];
     const bool scalar = t.numel() == 1 && t.dim() != full.dim();
     const Tensor view = scalar ? t.reshape({1}) : permute_event(t, order);
-    operands[j] = as_rows(view, scalar ? 1 : view.dim() - event);
+    operands[j] = as_rows(view, scalar ? 1 : view.dim() - event, on_cpu);
     a.in[j] = operands[j].operand;
-    if (a.cols == 1) a.in[j].per_row = false;  // its one column is as good as a row of them
   }
-  if (mask) a.mask = (mask_rows = as_rows(permute_event(*mask, order), 1)).operand;
+  if (mask) a.mask = (mask_rows = as_rows(permute_event(*mask, order), 1, on_cpu)).operand;
   if (weight) a.weight = (weight_rows = as_rows(*weight, weight->dim())).operand;
-  if (a.cols == 1) a.weight.per_row = a.mask.per_row = false;
 
   RowwiseResult result;
   for (size_t j = 0; j < needs.size(); ++j) {
@@ -181,7 +180,7 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
     }
   }
   result.value = empty(row_sizes, compute, full.device());
-  if (triton::serves(full)) {
+  if (!on_cpu) {
     if (a.rows == 0) return result;
     Needs wanted = needs;
     wanted.resize(inputs.size());

@@ -114,13 +114,14 @@ SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& 
   const int64_t draws = num_samples.value_or(1);
   const OptTensor index = check_sampling(mu, logvar, seed, draws, sample_offset, sample_index);
   const auto compute = compute_type(mu.scalar_type());
-  const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
+  const bool on_cpu = !triton::serves(mu);
+  const RowOperand mu_rows = as_rows(mu, 1, on_cpu), logvar_rows = as_rows(logvar, 1, on_cpu);
   Tensor z = empty(sample_sizes(mu, num_samples), mu.scalar_type(), mu.device()), kl;
   if (want_kl) kl = empty(mu.sizes().slice(0, 1), compute, mu.device());
   SampleArgs a{};
   a.batch = mu.size(0);
   a.cols = product(mu.sizes().slice(1));
-  if (triton::serves(mu)) {
+  if (!on_cpu) {
     if (a.batch > 0)
       triton::sample_forward(matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed, draws,
                              sample_offset, index, z.view({draws * a.batch, a.cols}), defined(kl));
@@ -210,7 +211,8 @@ std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const
   a.batch = mu.size(0);
   a.cols = product(mu.sizes().slice(1));
   a.use_double = mu.scalar_type() == at::kDouble;
-  const RowOperand mu_rows = as_rows(mu, 1), logvar_rows = as_rows(logvar, 1);
+  const bool on_cpu = !triton::serves(mu);
+  const RowOperand mu_rows = as_rows(mu, 1, on_cpu), logvar_rows = as_rows(logvar, 1, on_cpu);
   a.mu = mu_rows.operand;
   a.logvar = logvar_rows.operand;
   RowOperand grad_z_rows, grad_kl_rows;
@@ -219,7 +221,7 @@ std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const
     check_floating(*grad_z, "grad_z");
     TORCH_CHECK_VALUE(grad_z->sizes() == at::IntArrayRef(sample_sizes(mu, num_samples)),
                       "grad_z must have the shape of z, got ", grad_z->sizes());
-    a.grad_z = (grad_z_rows = as_rows(*grad_z, num_samples ? 2 : 1)).operand;
+    a.grad_z = (grad_z_rows = as_rows(*grad_z, num_samples ? 2 : 1, on_cpu)).operand;
   }
   if (grad_kl) {
     check_device(*grad_kl, "grad_kl", mu);
@@ -230,7 +232,7 @@ std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const
   }
   Tensor grad_mu = empty(mu.sizes(), mu.scalar_type(), mu.device()),
          grad_logvar = empty(mu.sizes(), mu.scalar_type(), mu.device());
-  if (triton::serves(mu)) {
+  if (!on_cpu) {
     if (mu.numel() == 0) return {grad_mu, grad_logvar};
     triton::sample_backward(grad_z ? OptTensor(matrix(grad_z_rows, a.cols)) : std::nullopt,
                             grad_kl ? OptTensor(matrix(grad_kl_rows, 1)) : std::nullopt,

@@ -155,25 +155,8 @@ def _kl_divergence(
     return _rows(mu)
 
 
-@register("fastvae::kl_divergence_backward")
-def _kl_divergence_backward(
-    grad: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    prior_mu: Tensor | None,
-    prior_logvar: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    inputs = (mu, logvar, prior_mu, prior_logvar)
-    return [
-        _event_like(logvar, 1, t.dtype)
-        for t, need in zip(inputs, needs, strict=True)
-        if need and t is not None
-    ]
-
-
-@register("fastvae::log_likelihood_forward")
-def _log_likelihood_forward(
+@register("fastvae::row_forward")
+def _row_forward(
     x: Tensor,
     params: Sequence[Tensor],
     family: str,

@@ -48,9 +48,8 @@ RAW_GOOD: dict[str, dict[str, Any]] = {
     "rsample_kl": {**LATENTS, **Z},
     "rsample_backward": {"grad_z": MU, "grad_kl": full(4), **LATENTS, **Z},
     "kl_divergence": {**LATENTS, **NO_PRIOR},
-    "kl_divergence_backward": {"grad": full(4), **LATENTS, **NO_PRIOR, "needs": [True] * 4},
     "log_likelihood": FAMILY,
-    "log_likelihood_forward": {**FAMILY, "weight": full(4), "scale": 1.0, "needs": [True] * 4},
+    "row_forward": {**FAMILY, "weight": full(4), "scale": 1.0, "needs": [True] * 4},
     "elbo": {**FAMILY, "kl": full(4), "weight": full(4), "beta": 1.0, "reduction": "mean"},
     "elbo_reduce": {
         "log_likelihood": full(2, 4), "kl": full(4), "weight": full(4), "beta": 1.0,
@@ -161,14 +160,8 @@ RAW: dict[str, list[Bad]] = {
         bad(V, r"(prior|mu).*\[1, 6\]", prior_mu=MU, prior_logvar=full(1, 6)),
         bad(T, "prior.*Long", prior_mu=MU, prior_logvar=i64(4, 6)),
     ],
-    "kl_divergence_backward": [
-        *RAW_LATENT,
-        *shapes("grad", (3,), (1,), (4, 1), ()),
-        bad(T, "grad.*Long", grad=i64(4)),
-        *(bad(RuntimeError, "size 4", needs=[True] * n) for n in (0, 3, 5)),
-    ],
     "log_likelihood": RAW_DATA,
-    "log_likelihood_forward": [
+    "row_forward": [
         *RAW_DATA,
         *RAW_WEIGHT,
         *(bad(RuntimeError, "size 4", needs=[True] * n) for n in (0, 3, 5)),

@@ -37,6 +37,7 @@ def calls_with(seed: Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     needs = [True, True, False, False]
     scalar = torch.zeros((), requires_grad=True)
     index = torch.tensor([9, 2, 2, 2**40, 0])
+    image = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
     counters = torch.zeros(5, 3, dtype=torch.int64)
     return {
         "count_nonfinite": (ops.count_nonfinite, (counters, torch.rand(2, 5), kl, weight)),
@@ -52,19 +53,23 @@ def calls_with(seed: Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "kl_divergence": (ops.kl_divergence, (mu, logvar)),
         "kl_divergence-prior": (ops.kl_divergence, (mu, logvar, leaf(5, 7), leaf(5, 7))),
-        "kl_divergence_backward": (
-            ops.kl_divergence_backward,
-            (torch.rand(5), plain[0], plain[1], None, None, needs),
-        ),
         "log_likelihood": (ops.log_likelihood, (x, [logits], "bernoulli", [], mask)),
         "log_likelihood-K": (ops.log_likelihood, (x, [leaf(3, 5, 11)], "gaussian", [1.0, 0.0])),
         "log_likelihood-scalar": (
             ops.log_likelihood,
             (x, [logits, scalar], "gaussian_logvar", [0.0]),
         ),
-        "log_likelihood_forward": (
-            ops.log_likelihood_forward,
+        "row_forward": (
+            ops.row_forward,
             (x, [plain[2]], "bernoulli", [], None, weight, -0.5, needs),
+        ),
+        "row_forward-kl": (
+            ops.row_forward,
+            (plain[0], [plain[1]], "standard_kl", [], None, weight, 1.0, needs),
+        ),
+        "row_forward-channels_last": (
+            ops.row_forward,
+            (image, [image], "bernoulli", [], image > 0.5, None, 1.0, needs),
         ),
         "elbo": (ops.elbo, (x, [logits], kl, "bernoulli", [], None, None, 1.0, "mean")),
         "elbo-none": (ops.elbo, (x, [logits], kl, "bernoulli", [], mask, weight, 2.0, "none")),

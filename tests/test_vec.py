@@ -33,7 +33,7 @@ FLAGS = {
 
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 
-forward = torch.ops.fastvae.log_likelihood_forward
+forward = torch.ops.fastvae.row_forward
 
 
 def build(program: str, isa: str, folder: Path) -> list[str]:

@@ -11,13 +11,13 @@ namespace fastvae {
 enum class DType : uint8_t { f64, f32, bf16, f16, u8 };
 
 // An input seen as a matrix [rows, cols]. Row r is stored row r mod `period`; a stride of 0 repeats
-// a row, `per_row` repeats one element along it.
+// a row, a column stride of 0 one element along it.
 struct Operand {
   const void* data = nullptr;
   DType dtype = DType::f32;
   int64_t row_stride = 0;  // in elements
+  int64_t col_stride = 1;
   int64_t period = 1;
-  bool per_row = false;
 };
 
 // A dense output [rows, cols]. `data` null: not wanted.
@@ -33,6 +33,10 @@ inline int64_t chunks(int64_t cols) {
   return cols <= row_chunk ? 1 : (cols + row_chunk - 1) / row_chunk;
 }
 
+// Rows of at most this many elements are taken several at once: what a row costs by itself, a sum
+// across lanes and the pointers, is more than their elements do.
+constexpr int64_t short_row = 48;
+
 struct RowwiseArgs {
   Family family;
   int64_t rows, cols;
@@ -41,7 +45,7 @@ struct RowwiseArgs {
   Operand mask;            // u8, 0 leaves the element out; data null: no mask
   double options[max_options];
   double scale;             // multiplies every gradient …
-  Operand weight;           // … and so does the row's weight (per_row); data null: 1
+  Operand weight;           // … and so does the row's weight (one column); data null: 1
   bool want_grad;           // any gradient at all
   Output grad[max_inputs];  // the dense gradients, [rows, cols]
   // The value's sum along each row, then those of gradients that are summed along it; null: not
@@ -72,7 +76,7 @@ struct SampleBackwardArgs {
   Stream stream;
   Operand mu, logvar;           // [batch, cols]
   Operand grad_z;               // [num_samples, batch, cols]; data null: zero
-  Operand grad_kl;              // per_row [batch]; data null: zero
+  Operand grad_kl;              // [batch, 1], repeated; data null: zero
   Output grad_mu, grad_logvar;  // [batch, cols]
 };
 

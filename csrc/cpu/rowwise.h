@@ -123,10 +123,6 @@ inline double formula_tile(const Pointers<F, T, X, S>& t, int64_t n, const Vec<T
   return total;
 }
 
-// Rows of at most this many elements are taken several at once: what a row costs by itself, a sum
-// across lanes and the pointers, is more than their elements do.
-constexpr int64_t short_row = 256;
-
 // The work in units that any thread may do: as many short rows as fit a tile, or a row's chunk.
 struct Units {
   bool together;
@@ -257,7 +253,7 @@ class RowTiles {
 template <class F>
 inline bool params_are(DType dtype, const RowwiseArgs& a) {
   for (int j = 1; j < F::inputs; ++j)
-    if (a.in[j].dtype != dtype || a.in[j].per_row || a.sum[1 + j]) return false;
+    if (a.in[j].dtype != dtype || a.in[j].col_stride == 0 || a.sum[1 + j]) return false;
   return true;
 }
 
@@ -302,7 +298,7 @@ inline void rowwise_formula(const RowwiseArgs& a) {
   else if (!bf16_in_place || !params_are<F>(DType::bf16, a))
     rowwise_stored<F, float, float, float, false>(a);
   else if constexpr (bf16_in_place) {
-    if (a.in[0].dtype == DType::bf16 && !a.in[0].per_row)
+    if (a.in[0].dtype == DType::bf16 && a.in[0].col_stride != 0)
       rowwise_stored<F, float, Half, Half, false>(a);
     else
       rowwise_stored<F, float, float, Half, false>(a);

@@ -21,17 +21,12 @@ inline const T* load_noise(Normals& normals, uint64_t index, int64_t n, T* buffe
   }
 }
 
-inline bool end_to_end(const Operand& x, int64_t rows, int64_t cols) {
-  return !x.data || end_to_end(x, Tile{0, rows, 0, cols});
-}
-
-// Calls body(normals, tile) for all of [batch, cols], over threads. `dense`: rows lie end to end.
+// Calls body(normals, tile) for all of [batch, cols], over threads.
 template <class Args, class Body>
-inline void for_tiles(const Args& a, bool dense, Body&& body) {
+inline void for_tiles(const Args& a, Body&& body) {
   const int64_t per_row = chunks(a.cols);
   const Stream& s = a.stream;
-  const bool whole =
-      dense && !s.sample_index && s.num_samples == 1 && a.cols > 0 && a.cols <= tile / 2;
+  const bool whole = !s.sample_index && s.num_samples == 1 && a.cols > 0 && a.cols <= tile / 2;
   const int64_t rows = whole ? tile / a.cols : 1;  // per unit
   const int64_t units = whole ? (a.batch + rows - 1) / rows : a.batch * per_row;
   const int64_t work = std::min(rows * a.cols, row_chunk) * s.num_samples;
@@ -64,8 +59,7 @@ inline void sample_as(const SampleArgs& a) {
   using V = Vec<T>;
   const int64_t per_row = chunks(a.cols);
   if (a.kl) std::memset(a.kl, 0, sizeof(double) * a.batch * per_row);
-  const bool dense = end_to_end(a.mu, a.batch, a.cols) && end_to_end(a.logvar, a.batch, a.cols);
-  for_tiles(a, dense, [&](Normals& normals, const Tile& t) {
+  for_tiles(a, [&](Normals& normals, const Tile& t) {
     alignas(64) T mu_buffer[tile], logvar_buffer[tile], buffer[tile], z_buffer[tile];
     const int64_t n = t.size();
     const T* mu = load_tile(a.mu, t, mu_buffer);
@@ -84,17 +78,17 @@ inline void sample_as(const SampleArgs& a) {
       const V in[] = {V::loadu(mu + i, c), V::loadu(logvar + i, c)};
       StandardKL::eval<V>(in, nullptr).value.store(buffer + i, c);
     });
-    for (int64_t r = 0; r < t.rows; ++r)
-      a.kl[(t.row + r) * per_row + t.col / row_chunk] += sum_of(buffer + r * t.cols, t.cols);
+    if (t.rows > 1)
+      sum_rows(buffer, t.rows, t.cols, a.kl + t.row);
+    else
+      a.kl[t.row * per_row + t.col / row_chunk] += sum_of(buffer, t.cols);
   });
 }
 
 template <class T>
 inline void sample_backward_as(const SampleBackwardArgs& a) {
   using V = Vec<T>;
-  const bool dense = end_to_end(a.mu, a.batch, a.cols) && end_to_end(a.logvar, a.batch, a.cols) &&
-                     end_to_end(a.grad_z, a.batch, a.cols);
-  for_tiles(a, dense, [&](Normals& normals, const Tile& t) {
+  for_tiles(a, [&](Normals& normals, const Tile& t) {
     alignas(64) T mu_buffer[tile], logvar_buffer[tile], eps_buffer[tile], dz_buffer[tile];
     alignas(64) T dmu_buffer[tile], dlogvar_buffer[tile];
     alignas(64) T sum_dz[tile], sum_eps_dz[tile], grad_kl_buffer[tile];

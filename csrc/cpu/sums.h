@@ -87,8 +87,8 @@ inline double sum_of(const T* values, int64_t n) {
 
 // out[r] = Σ of row r, for rows that lie end to end. Of the shortest, a column of all rows is added
 // at a time: a loop over three elements costs more than they do.
-template <class T>
-inline void sum_rows(const T* values, int64_t rows, int64_t cols, T* out) {
+template <class T, class Out>
+inline void sum_rows(const T* values, int64_t rows, int64_t cols, Out* out) {
   if (cols == 1) {
     std::copy_n(values, rows, out);
   } else if (cols < 8) {
@@ -96,7 +96,7 @@ inline void sum_rows(const T* values, int64_t rows, int64_t cols, T* out) {
     for (int64_t r = 0; r < rows; ++r) sums[r] = static_cast<double>(values[r * cols]);
     for (int64_t c = 1; c < cols; ++c)
       for (int64_t r = 0; r < rows; ++r) sums[r] += static_cast<double>(values[r * cols + c]);
-    for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<T>(sums[r]);
+    for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<Out>(sums[r]);
   } else {
     for (int64_t r = 0; r < rows; ++r, values += cols) {
       double sum = 0;
@@ -104,7 +104,7 @@ inline void sum_rows(const T* values, int64_t rows, int64_t cols, T* out) {
         for (int64_t c = 0; c < cols; ++c) sum += static_cast<double>(values[c]);
       else
         sum = sum_of(values, cols);
-      out[r] = static_cast<T>(sum);
+      out[r] = static_cast<Out>(sum);
     }
   }
 }

@@ -59,34 +59,44 @@ struct Tile {
 
 // Whether the tile's elements lie end to end in the operand.
 inline bool end_to_end(const Operand& x, const Tile& t) {
-  if (x.per_row) return false;
-  return t.rows == 1 || (x.row_stride == t.cols && t.row % x.period + t.rows <= x.period);
+  const bool rows =
+      t.rows == 1 || (x.row_stride == t.cols && t.row % x.period + t.rows <= x.period);
+  return rows && (x.col_stride == 1 || t.cols == 1);
+}
+
+// buffer = the tile, whose first row begins at `data`'s row t.row mod period. Of short or stepping
+// rows one column of all of them at a time: a loop over three elements costs more than they do.
+template <class T, class S>
+inline void gather(const Operand& x, const S* data, const Tile& t, T* buffer) {
+  const auto each_row = [&](auto&& body) {
+    for (int64_t r = 0, from = t.row % x.period; r < t.rows; ++r) {
+      body(r, data + from * x.row_stride + t.col * x.col_stride);
+      if (++from == x.period) from = 0;
+    }
+  };
+  if (t.cols < 8 || x.col_stride > 1)
+    for (int64_t c = 0; c < t.cols; ++c)
+      each_row([&](int64_t r, const S* row) {
+        buffer[r * t.cols + c] = static_cast<T>(row[c * x.col_stride]);
+      });
+  else if (x.col_stride == 0)
+    each_row([&](int64_t r, const S* row) {
+      std::fill_n(buffer + r * t.cols, t.cols, static_cast<T>(*row));
+    });
+  else
+    each_row([&](int64_t r, const S* row) { widen(row, t.cols, buffer + r * t.cols); });
 }
 
 // The tile of an operand as T: in place where possible, else in `buffer`.
 template <class T>
 inline const T* load_tile(const Operand& x, const Tile& t, T* buffer) {
   const bool whole = end_to_end(x, t);
-  const int64_t first = t.row % x.period * x.row_stride + (x.per_row ? 0 : t.col);
+  const int64_t first = t.row % x.period * x.row_stride + t.col * x.col_stride;
   if (whole && x.dtype == dtype_of<T>) return static_cast<const T*>(x.data) + first;
   if constexpr (std::is_floating_point_v<T>) {
     with_dtype(x.dtype, [&](auto s) {
       const auto* data = static_cast<const decltype(s)*>(x.data);
-      if (whole) return widen(data + first, t.size(), buffer);
-      T* to = buffer;
-      if (x.per_row && t.cols < 8) {  // a column of all rows at a time, as in sum_rows
-        for (int64_t c = 0; c < t.cols; ++c)
-          for (int64_t r = 0; r < t.rows; ++r)
-            to[r * t.cols + c] = static_cast<T>(data[(t.row + r) % x.period * x.row_stride]);
-        return;
-      }
-      for (int64_t r = 0; r < t.rows; ++r, to += t.cols) {
-        const auto* row = data + (t.row + r) % x.period * x.row_stride;
-        if (x.per_row)
-          std::fill_n(to, t.cols, static_cast<T>(*row));
-        else
-          widen(row + t.col, t.cols, to);
-      }
+      whole ? widen(data + first, t.size(), buffer) : gather(x, data, t, buffer);
     });
   }
   return buffer;
