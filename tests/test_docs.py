@@ -56,6 +56,20 @@ def test_the_site_builds(site: Path) -> None:
     assert not list(site.rglob("*.py")), "the hook belongs to the build, not to the site"
 
 
+def test_the_readme_links_to_what_the_pages_have(site: Path) -> None:
+    """mkdocs checks the links between pages, not those of README.md."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(docs/(\w[\w-]*)\.md(?:#([\w-]+))?\)", text)
+    assert {page for page, _ in links} == {p.stem for p in PAGES}, "README.md leads to every page"
+    for page, anchor in links:
+        rendered = (site / f"{page}.html").read_text(encoding="utf-8")
+        assert not anchor or f'id="{anchor}"' in rendered, f"{page}.md has no #{anchor}"
+    headings = {
+        re.sub(r"\W+", "-", h.lower()) for h in re.findall(r"^## (.+)$", text, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= headings
+
+
 class Document(HTMLParser):
     """What a rendered page holds: its elements with the addresses they load, and its text."""
 

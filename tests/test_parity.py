@@ -1,4 +1,4 @@
-"""The loss functions people come from: README's 'Coming from …', value and every gradient."""
+"""The loss functions people come from: docs/coming-from.md, value and every gradient."""
 
 from typing import Any
 
