@@ -119,7 +119,7 @@ RowOperand as_rows(const Tensor& t, int64_t lead, bool can_step) {
     // ATen transposes matrices in blocks, other tensors element by element.
     r.storage = (stride && step ? t.as_strided({rows, cols}, {*stride, *step}) : t).contiguous();
     stride = cols;
-    step = 1;
+    step = cols == 1 ? 0 : 1;  // of a column, one element serves the row
   }
   r.operand.data = r.storage.const_data_ptr();
   r.operand.dtype = dtype_of(t);

@@ -134,6 +134,14 @@ bool is_one_number(const Tensor& t) {
          std::all_of(strides.begin(), strides.end(), [](auto s) { return s == 0; });
 }
 
+// grad *= factor in place, but 0 where the factor is: β may be 0 where the KL is infinite.
+const Tensor& scaled(const Tensor& grad, const Tensor& factor) {
+  grad.mul_(factor);
+  const Tensor none = factor == 0;
+  if (none.any().item<bool>()) grad.masked_fill_(none, 0);
+  return grad;
+}
+
 // grad *= upstream (which broadcasts to [rows...]) in place, by the Triton kernel.
 const Tensor& scale_rows(const Tensor& grad, const Tensor& upstream, int64_t event) {
   const auto rows = grad.sizes().slice(0, grad.dim() - event);
@@ -170,11 +178,11 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
     const Tensor factor = unsqueeze_event(upstream, event);
     for (const Tensor& grad : saved.grads) {
       if (!plain || !only_ours(grad))
-        grads.push_back((grad * factor).to(grad.scalar_type()));
+        grads.push_back(at::where(factor == 0, 0, grad * factor).to(grad.scalar_type()));
       else if (gpu)
         grads.push_back(scale_rows(grad, upstream, event));
       else
-        grads.push_back(one ? grad : grad.mul_(factor));
+        grads.push_back(one ? grad : scaled(grad, factor));
     }
   }
   for (size_t j = 0, k = 0; j < count; ++j)
