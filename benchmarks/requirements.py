@@ -63,9 +63,7 @@ def kernel(family: str) -> float:
     needs = [False, True, False, False]
 
     def ours() -> None:
-        torch.ops.fastvae.row_forward(
-            x, [recon], family, options, None, None, 1.0, needs
-        )
+        torch.ops.fastvae.row_forward(x, [recon], family, options, None, None, 1.0, needs)
 
     return median(interleave(lambda: torch.add(x, recon, out=out), ours))
 
