@@ -164,10 +164,11 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   if (weight) a.weight = (weight_rows = as_rows(*weight, weight->dim())).operand;
 
   RowwiseResult result;
+  const auto is_summed = [&](size_t j) { return j > 0 && inputs[j].sizes() != full.sizes(); };
   for (size_t j = 0; j < needs.size(); ++j) {
     if (!needs[j]) continue;
     a.want_grad = true;
-    if (j > 0 && inputs[j].sizes() != full.sizes()) {
+    if (is_summed(j)) {
       std::vector<int64_t> sizes(row_sizes.begin(), row_sizes.end());
       sizes.resize(full.dim(), 1);
       result.grads.push_back(empty(sizes, compute, full.device()));
@@ -189,7 +190,7 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
     for (size_t j = 0, k = 0; j < needs.size(); ++j) {
       if (!needs[j]) continue;
       const Tensor& grad = result.grads[k++];
-      grads.push_back(a.grad[j].data ? dense_rows(grad, a.rows) : grad.view({a.rows}));
+      grads.push_back(is_summed(j) ? grad.view({a.rows}) : dense_rows(grad, a.rows));
     }
     const auto mask_view = mask ? OptTensor(matrix(mask_rows, a.cols).view(at::kByte)) : mask;
     const auto weight_view = weight ? OptTensor(matrix(weight_rows, 1)) : weight;
@@ -210,7 +211,7 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   for (size_t j = 0, k = 0; j < needs.size(); ++j) {
     if (!needs[j]) continue;
     const Tensor& grad = result.grads[k++];
-    if (!a.grad[j].data) a.sum[1 + j] = summed(grad);
+    if (is_summed(j)) a.sum[1 + j] = summed(grad);
   }
   unsigned outside = 0;
   a.outside = &outside;
