@@ -45,6 +45,14 @@ DType dtype_of(const Tensor& t) {
     case at::kByte:
     case at::kBool:
       return DType::u8;
+    case at::kChar:
+      return DType::i8;
+    case at::kShort:
+      return DType::i16;
+    case at::kInt:
+      return DType::i32;
+    case at::kLong:
+      return DType::i64;
     default:
       TORCH_CHECK_TYPE(false, "fastvae has no kernel for dtype ", t.scalar_type());
   }
@@ -99,12 +107,14 @@ Tensor empty_event(at::IntArrayRef sizes, at::IntArrayRef order, at::ScalarType 
   return permute_event(empty(stored, type, device), back);
 }
 
-void sum_chunks(const double* partial, int64_t chunks, const Tensor& out) {
+void sum_parts(const double* partial, int64_t parts, const Tensor& out, bool by_column) {
+  const int64_t count = out.numel();
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "fastvae_rows", [&] {
     auto* p = out.mutable_data_ptr<scalar_t>();
-    for (int64_t r = 0; r < out.numel(); ++r) {
+    for (int64_t r = 0; r < count; ++r) {
       double sum = 0;
-      for (int64_t c = 0; c < chunks; ++c) sum += *partial++;
+      for (int64_t c = 0; c < parts; ++c)
+        sum += by_column ? partial[c * count + r] : partial[r * parts + c];
       p[r] = static_cast<scalar_t>(sum);
     }
   });

@@ -107,8 +107,8 @@ Tensor empty_event(at::IntArrayRef sizes, at::IntArrayRef order, at::ScalarType 
 // at equal distances.
 RowOperand as_rows(const Tensor& t, int64_t lead, bool can_step = false);
 
-// out[r] = Σ over the chunks of row r, in order.
-void sum_chunks(const double* partial, int64_t chunks, const Tensor& out);
+// out[r] = Σ over the parts of r, in order: partial[r][part], or of a column partial[part][r].
+void sum_parts(const double* partial, int64_t parts, const Tensor& out, bool by_column = false);
 
 inline int64_t product(at::IntArrayRef sizes) { return c10::multiply_integers(sizes); }
 

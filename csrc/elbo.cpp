@@ -196,7 +196,11 @@ bool is_functions_view(const Tensor& t) {
 
 // Whether the parameters can be overwritten by their gradients; ValueError where that would destroy
 // something of the user's, false where there is nothing to gain.
-bool may_overwrite(const Call& call, at::TensorList inputs, const Tensor& kl) {
+bool may_overwrite(const Call& call, at::TensorList inputs, const Tensor& kl, Reduction reduction) {
+  const int64_t lead = inputs[1].dim() - inputs[0].dim() + 1;
+  for (size_t j = 2; reduction == Reduction::none && j < inputs.size(); ++j)
+    if (varies_along(inputs[j], inputs[1], lead) == Along::columns)
+      return false;  // its gradient may have to be computed with the rows' factors
   if (call.recompute ||
       std::find(call.needs.begin() + 1, call.needs.end(), true) == call.needs.end())
     return false;  // float16's gradients are not stored
@@ -242,7 +246,7 @@ Terms elbo_routed(const Tensor& x, at::TensorList params, const Tensor& kl, c10:
   call.scale = -c / static_cast<double>(samples);
   call.kl_scale = c * beta;
   call.kl_type = kl.scalar_type();
-  call.overwrite = overwrite && may_overwrite(call, inputs, kl);
+  call.overwrite = overwrite && may_overwrite(call, inputs, kl, parse_reduction(reduction));
   Parts parts;
   const Tensor loss =
       Elbo::apply(at::TensorList(inputs), kl, weight, call, beta, std::string(reduction), &parts);

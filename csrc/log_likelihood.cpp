@@ -17,7 +17,7 @@ std::tuple<Tensor, std::vector<Tensor>> row_forward_fused(const Tensor& x, at::T
                                                           const OptTensor& weight, double scale,
                                                           std::array<bool, max_inputs> needs) {
   const std::vector<Tensor> inputs = with_x(x, params);
-  const bool kl = family == formula_name(kl_spec(inputs.size()).family);
+  const bool kl = family == formula_name(kl_spec(inputs.size()).formula);
   const Spec spec = kl ? kl_spec(inputs.size()) : make_spec(family, options, inputs.size());
   const Needs list(needs.begin(), needs.begin() + inputs.size());
   auto r = rowwise(spec, inputs, mask, weight, scale, list);
@@ -39,7 +39,7 @@ std::tuple<Tensor, std::vector<Tensor>> run_forward(const Call& call, at::Tensor
                                                     const Needs& wanted) {
   std::array<bool, max_inputs> needs{};
   std::copy(wanted.begin(), wanted.end(), needs.begin());
-  return row_forward(inputs[0], inputs.slice(1), formula_name(call.spec.family), call.spec.options,
+  return row_forward(inputs[0], inputs.slice(1), formula_name(call.spec.formula), call.spec.options,
                      call.mask, weight, scale, needs);
 }
 
@@ -51,7 +51,7 @@ Call make_call(Spec spec, at::TensorList inputs, const OptTensor& mask) {
   call.mask = mask;
   call.needs.assign(inputs.size(), false);
   for (size_t j = 0; j < inputs.size() && at::GradMode::is_enabled(); ++j) {
-    call.needs[j] = inputs[j].requires_grad();
+    call.needs[j] = inputs[j].requires_grad() && has_derivative(call.spec, j);
     call.recompute |= call.needs[j] && inputs[j].scalar_type() == at::kHalf;
   }
   return call;
@@ -83,7 +83,7 @@ Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call&
   ctx->save_for_backward(std::move(saved));
   // What differs from step to step stands alone, so that compiled autograd makes it an argument;
   // the rest in one entry, for each costs an allocation.
-  std::vector<double> fixed{static_cast<double>(call.spec.family),
+  std::vector<double> fixed{static_cast<double>(call.spec.formula),
                             static_cast<double>(inputs.size()), static_cast<double>(call.recompute),
                             static_cast<double>(call.kl_type), static_cast<double>(call.overwrite)};
   fixed.insert(fixed.end(), call.needs.begin(), call.needs.end());
@@ -98,7 +98,7 @@ Saved load_saved(AutogradContext* ctx) {
   Saved saved;
   Call& call = saved.call;
   const auto fixed = ctx->saved_data["call"].toDoubleVector();
-  call.spec.family = static_cast<Family>(fixed[0]);
+  call.spec.formula = static_cast<int>(fixed[0]);
   const auto count = static_cast<size_t>(fixed[1]);
   call.recompute = fixed[2] != 0;
   call.kl_type = static_cast<at::ScalarType>(fixed[3]);
@@ -134,6 +134,24 @@ bool is_one_number(const Tensor& t) {
          std::all_of(strides.begin(), strides.end(), [](auto s) { return s == 0; });
 }
 
+// Whether no row has another factor than the next; traced, only of a scalar is it known.
+bool is_one_factor(const Tensor& upstream) {
+  return upstream.dim() == 0 || (is_plain(upstream) && is_one_number(upstream));
+}
+
+Along along(const Saved& saved, size_t j) {
+  if (j == 0) return Along::both;
+  const Tensor& full = saved.inputs[1];
+  return varies_along(saved.inputs[j], full, full.dim() - saved.inputs[0].dim() + 1);
+}
+
+// Whether a gradient is summed over the rows: then it must know each row's factor beforehand.
+bool sums_rows(const Saved& saved) {
+  for (size_t j = 1; j < saved.inputs.size(); ++j)
+    if (saved.call.needs[j] && along(saved, j) == Along::columns) return true;
+  return false;
+}
+
 // grad *= factor in place, but 0 where the factor is: β may be 0 where the KL is infinite.
 const Tensor& scaled(const Tensor& grad, const Tensor& factor) {
   grad.mul_(factor);
@@ -163,9 +181,11 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
     TORCH_CHECK(!call.overwrite,
                 "inplace_backward=True overwrote the reconstruction by its gradient: leave it out "
                 "for create_graph=True or batched gradients");
-    grads = rowwise_composite_grads(call.spec, saved.inputs, call.mask,
-                                    call.weighted(upstream, call.scale), call.needs);
-  } else if (call.recompute) {
+    const auto value = [&](at::TensorList in) {
+      return std::vector<Tensor>{rowwise_composite(call.spec, in, call.mask)};
+    };
+    grads = composite_grads(value, saved.inputs, call.needs, {call.weighted(upstream, call.scale)});
+  } else if (call.recompute || (sums_rows(saved) && !is_one_factor(upstream))) {
     at::AutoDispatchBelowAutograd guard;
     Tensor factor = call.weighted(upstream, call.scale);
     if (factor.dim() == 0) factor = per_row(factor, saved.inputs[0]);
@@ -175,9 +195,14 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
     // On a GPU the kernel looks whether the factor is one: the host would have to wait for it.
     const bool one = plain && !gpu && is_one_number(upstream) && scalar_value(upstream) == 1.0;
     const int64_t event = saved.inputs[0].dim() - 1;
-    const Tensor factor = unsqueeze_event(upstream, event);
-    for (const Tensor& grad : saved.grads) {
-      if (!plain || !only_ours(grad))
+    for (size_t j = 0, k = 0; j < count; ++j) {
+      if (!call.needs[j]) continue;
+      const Tensor& grad = saved.grads[k++];
+      // What is summed over the rows has one factor.
+      const bool summed = along(saved, j) == Along::columns;
+      const Tensor factor =
+          summed ? upstream.flatten().slice(0, 0, 1).reshape({}) : unsqueeze_event(upstream, event);
+      if (!plain || !only_ours(grad) || (gpu && summed))
         grads.push_back(at::where(factor == 0, 0, grad * factor).to(grad.scalar_type()));
       else if (gpu)
         grads.push_back(scale_rows(grad, upstream, event));
@@ -186,7 +211,7 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
     }
   }
   for (size_t j = 0, k = 0; j < count; ++j)
-    if (call.needs[j]) out[j] = reduce_to(grads[k++], saved.inputs[j]);
+    if (call.needs[j] && grads[k++].defined()) out[j] = reduce_to(grads[k - 1], saved.inputs[j]);
   return out;
 }
 

@@ -30,7 +30,12 @@ TORCH_LIBRARY(fastvae, m) {
       "-> Tensor");
   m.def(
       "row_forward(Tensor x, Tensor[] params, str family, float[] options, Tensor? "
-      "mask, Tensor? weight, float scale, bool[4] needs) -> (Tensor value, Tensor[] grads)");
+      "mask, Tensor? weight, float scale, bool[5] needs) -> (Tensor value, Tensor[] grads)");
+  // The same in plain PyTorch, implemented by the Python package.
+  m.def("row_composite(Tensor[] inputs, str family, float[] options, Tensor? mask=None) -> Tensor");
+  m.def(
+      "rsample_composite(Tensor mu, Tensor logvar, Tensor seed, SymInt? num_samples, SymInt "
+      "sample_offset, Tensor? sample_index=None) -> Tensor");
   m.def(
       "elbo(Tensor x, Tensor[] params, Tensor kl, str family, float[] options, Tensor? mask, "
       "Tensor? weight, float beta, str reduction) -> (Tensor loss, Tensor log_likelihood, Tensor "

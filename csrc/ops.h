@@ -9,10 +9,6 @@ namespace fastvae {
 
 // --- kl_divergence.cpp ---
 
-inline Spec kl_spec(size_t inputs) {
-  return {inputs == 2 ? Family::StandardKL : Family::NormalKL, {}};
-}
-
 Tensor kl_divergence_composite(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
                                const OptTensor& prior_logvar);
 

@@ -2,75 +2,101 @@
 
 #include <charconv>
 
-#include "aten_math.h"
-
 #include "formulas/all.h"
 #include "triton.h"
 
 namespace fastvae {
 
-const char* formula_name(Family family) {
-  return with_formula(family, [](auto f) { return decltype(f)::name; });
+const char* formula_name(int formula) {
+  const char* name = nullptr;
+  with_formula(formula, [&](auto f) { name = decltype(f)::name; });
+  return name;
 }
 
 std::vector<std::string> likelihood_names() {
-  return {
-#define FASTVAE_NAME(F) F::name,
-      FASTVAE_LIKELIHOODS(FASTVAE_NAME)
-#undef FASTVAE_NAME
-  };
+  std::vector<std::string> names;
+  for_each_formula(Likelihoods{}, [&](int, auto f) { names.push_back(decltype(f)::name); });
+  return names;
 }
 
 Spec make_spec(c10::string_view family, at::ArrayRef<double> options, size_t inputs) {
-#define FASTVAE_MATCH(F)                                                                       \
-  if (family == F::name) {                                                                     \
-    TORCH_CHECK_VALUE(options.size() == F::options, F::name, " takes ", F::options,            \
-                      " options, got ", options.size());                                       \
-    TORCH_CHECK_VALUE(inputs == F::inputs, F::name, " takes ", F::inputs - 1, " params, got ", \
-                      inputs - 1);                                                             \
-    return {Family::F, options.vec()};                                                         \
-  }
-  FASTVAE_LIKELIHOODS(FASTVAE_MATCH)
-#undef FASTVAE_MATCH
-  TORCH_CHECK_VALUE(false, "likelihood must be one of ", c10::Join(", ", likelihood_names()),
-                    ", got ", family);
+  Spec spec;
+  for_each_formula(Likelihoods{}, [&](int i, auto f) {
+    using F = decltype(f);
+    if (family != F::name) return;
+    TORCH_CHECK_VALUE(options.size() == F::options, F::name, " takes ", F::options,
+                      " options, got ", options.size());
+    TORCH_CHECK_VALUE(inputs == inputs_of<F>, F::name, " takes ", inputs_of<F> - 1, " params, got ",
+                      inputs - 1);
+    spec = {i, options.vec()};
+  });
+  TORCH_CHECK_VALUE(spec.formula >= 0, "likelihood must be one of ",
+                    c10::Join(", ", likelihood_names()), ", got ", family);
+  return spec;
+}
+
+Spec kl_spec(size_t inputs) {
+  return {inputs == 2 ? index_of<StandardKL> : index_of<NormalKL>, {}};
+}
+
+bool has_derivative(const Spec& spec, size_t input) {
+  bool has = true;
+  with_formula(spec.formula,
+               [&](auto f) { has = decltype(f)::inputs[input].role == Role::parameter; });
+  return has;
+}
+
+Along varies_along(const Tensor& t, const Tensor& full, int64_t lead) {
+  const auto all_one = [&](int64_t first, int64_t last) {
+    for (int64_t d = first; d < last; ++d)
+      if (t.sym_size(d) != 1) return false;
+    return true;
+  };
+  if (t.sym_sizes() == full.sym_sizes()) return Along::both;
+  if (t.dim() == full.dim() && all_one(0, lead) && !all_one(lead, t.dim())) return Along::columns;
+  return Along::rows;
 }
 
 namespace {
 
 void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                   const OptTensor& weight) {
-  with_formula(spec.family, [&](auto f) {
+  with_formula(spec.formula, [&](auto f) {
     using F = decltype(f);
     const Tensor &x = inputs[0], &full = inputs[1];
-    for (int j = 0; j < F::inputs; ++j) {
-      check_dense(inputs[j], F::input_names[j]);
-      if (j > 0 || (x.scalar_type() != at::kByte && x.scalar_type() != at::kBool))
-        check_floating(inputs[j], F::input_names[j]);
+    for (int j = 0; j < inputs_of<F>; ++j) {
+      check_dense(inputs[j], F::inputs[j].name);
+      const auto type = inputs[j].scalar_type();
+      const bool whole = F::inputs[j].domain == Domain::count && at::isIntegralType(type, false);
+      if (j > 0 || (!whole && type != at::kByte && type != at::kBool))
+        check_floating(inputs[j], F::inputs[j].name);
     }
     const int64_t event = x.dim() - 1, lead = full.dim() - event;
     TORCH_CHECK_VALUE(
         event >= 0 && (lead == 1 || lead == 2) && full.sizes().slice(lead - 1) == x.sizes(),
-        F::input_names[0], " must have the shape of ", F::input_names[1],
+        F::inputs[0].name, " must have the shape of ", F::inputs[1].name,
         ", with or without a leading sample dimension, got ", x.sizes(), " and ", full.sizes());
-    TORCH_CHECK_VALUE(lead == 1 || full.size(0) > 0, F::input_names[1],
+    TORCH_CHECK_VALUE(lead == 1 || full.size(0) > 0, F::inputs[1].name,
                       " must hold at least one sample, got ", full.sizes());
-    for (int j = 1; j < F::inputs; ++j) {
+    for (int j = 1; j < inputs_of<F>; ++j) {
       const Tensor& t = inputs[j];
       bool per_row = t.numel() == 1 && t.dim() <= full.dim();
       if (!per_row && t.dim() == full.dim()) {
         per_row = t.sizes().slice(0, lead) == full.sizes().slice(0, lead);
         for (int64_t d = lead; d < full.dim(); ++d) per_row = per_row && t.size(d) == 1;
       }
-      TORCH_CHECK_VALUE(per_row || t.sizes() == full.sizes(), F::input_names[j],
-                        " must have shape ", full.sizes(), " or be constant along each row, got ",
-                        t.sizes());
+      const bool per_column = t.dim() == full.dim() &&
+                              t.sizes().slice(lead) == full.sizes().slice(lead) &&
+                              varies_along(t, full, lead) == Along::columns;
+      TORCH_CHECK_VALUE((j > 1 && (per_row || per_column)) || t.sizes() == full.sizes(),
+                        F::inputs[j].name, " must have shape ", full.sizes(),
+                        " or be constant along each row or column, got ", t.sizes());
     }
     if (mask) {
       check_dense(*mask, "mask");
       TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask must be bool, got ",
                        mask->scalar_type());
-      check_same_shape(*mask, "mask", x, F::input_names[0]);
+      check_same_shape(*mask, "mask", x, F::inputs[0].name);
     }
     if (weight) {
       check_dense(*weight, "weight");
@@ -85,9 +111,9 @@ void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask
 
 void check_devices(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                    const OptTensor& weight) {
-  with_formula(spec.family, [&](auto f) {
+  with_formula(spec.formula, [&](auto f) {
     using F = decltype(f);
-    for (int j = 0; j < F::inputs; ++j) check_device(inputs[j], F::input_names[j], inputs[1]);
+    for (int j = 0; j < inputs_of<F>; ++j) check_device(inputs[j], F::inputs[j].name, inputs[1]);
     if (mask) check_device(*mask, "mask", inputs[1]);
     if (weight) check_device(*weight, "weight", inputs[1]);
   });
@@ -111,22 +137,45 @@ const char* way_into_unit(double low, double high, bool data) {
   return "";
 }
 
+const char* words(Domain domain) {
+  switch (domain) {
+    case Domain::real:
+      return "be a number";
+    case Domain::unit:
+      return "lie in [0, 1]";
+    case Domain::nonnegative:
+      return "be at least 0";
+    case Domain::positive:
+      return "be above 0";
+    case Domain::count:
+      return "hold counts (0, 1, 2, …)";
+  }
+  __builtin_unreachable();
+}
+
 [[noreturn]] void raise_outside(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                                 unsigned outside, bool overwritten) {
-  with_formula(spec.family, [&](auto f) {
+  with_formula(spec.formula, [&](auto f) {
     using F = decltype(f);
-    for (int j = 0; j < F::inputs; ++j) {
+    for (int j = 0; j < inputs_of<F>; ++j) {
       if (!(outside >> j & 1)) continue;
-      TORCH_CHECK_VALUE(j == 0 || !overwritten, F::input_names[j], " must lie in [0, 1] for ",
-                        F::name, "; what came is overwritten by its gradient");
+      const auto [name, domain, role] = F::inputs[j];
+      TORCH_CHECK_VALUE(j == 0 || !overwritten, name, " must ", words(domain), " for ", F::name,
+                        "; what came is overwritten by its gradient");
       Tensor t = inputs[j].to(at::kDouble);
-      if (mask) t = t.masked_select(*mask);
-      TORCH_CHECK_VALUE(!t.isnan().any().item<bool>(), F::input_names[j],
-                        " must lie in [0, 1] for ", F::name, ", got NaN");
+      if (mask) t = t.expand(mask->sizes()).masked_select(*mask);
+      TORCH_CHECK_VALUE(!t.isnan().any().item<bool>(), name, " must ", words(domain), " for ",
+                        F::name, ", got NaN");
       const double low = t.min().item<double>(), high = t.max().item<double>();
-      TORCH_CHECK_VALUE(false, F::input_names[j], " must lie in [0, 1] for ", F::name,
-                        ", got values in [", shortest(low), ", ", shortest(high), "]",
-                        way_into_unit(low, high, j == 0));
+      if (domain == Domain::count && low >= 0) {
+        const Tensor parts = t.masked_select(t != t.round());
+        TORCH_CHECK_VALUE(parts.numel() == 0, name, " must ", words(domain), " for ", F::name,
+                          ", got ", shortest(parts[0].item<double>()),
+                          ": of normalized or logarithmic expression take the raw counts");
+      }
+      TORCH_CHECK_VALUE(false, name, " must ", words(domain), " for ", F::name, ", got values in [",
+                        shortest(low), ", ", shortest(high), "]",
+                        domain == Domain::unit ? way_into_unit(low, high, j == 0) : "");
     }
   });
   __builtin_unreachable();
@@ -146,7 +195,7 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   const bool on_cpu = !triton::serves(full);
 
   RowwiseArgs a{};
-  a.family = spec.family;
+  a.formula = spec.formula;
   a.rows = product(row_sizes);
   a.cols = product(full.sizes().slice(lead));
   a.use_double = compute == at::kDouble;
@@ -164,14 +213,19 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   if (weight) a.weight = (weight_rows = as_rows(*weight, weight->dim())).operand;
 
   RowwiseResult result;
-  const auto is_summed = [&](size_t j) { return j > 0 && inputs[j].sizes() != full.sizes(); };
+  const auto along = [&](size_t j) {
+    return j == 0 ? Along::both : varies_along(inputs[j], full, lead);
+  };
   for (size_t j = 0; j < needs.size(); ++j) {
     if (!needs[j]) continue;
     a.want_grad = true;
-    if (is_summed(j)) {
+    if (along(j) == Along::rows) {
       std::vector<int64_t> sizes(row_sizes.begin(), row_sizes.end());
       sizes.resize(full.dim(), 1);
       result.grads.push_back(empty(sizes, compute, full.device()));
+    } else if (along(j) == Along::columns) {
+      a.by_column = true;
+      result.grads.push_back(empty_event(inputs[j].sizes(), order, compute, full.device()));
     } else {
       result.grads.push_back(
           overwrite && j > 0
@@ -186,89 +240,80 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
     Needs wanted = needs;
     wanted.resize(inputs.size());
     std::vector<Tensor> views, grads;
+    std::vector<std::pair<Tensor, Tensor>> by_column;  // the sum, of what
     for (size_t j = 0; j < inputs.size(); ++j) views.push_back(matrix(operands[j], a.cols));
     for (size_t j = 0, k = 0; j < needs.size(); ++j) {
       if (!needs[j]) continue;
       const Tensor& grad = result.grads[k++];
-      grads.push_back(is_summed(j) ? grad.view({a.rows}) : dense_rows(grad, a.rows));
+      if (along(j) == Along::columns) {
+        by_column.emplace_back(dense_rows(grad, 1)[0], at::empty({a.rows, a.cols}, grad.options()));
+        grads.push_back(by_column.back().second);
+      } else {
+        grads.push_back(along(j) == Along::rows ? grad.view({a.rows}) : dense_rows(grad, a.rows));
+      }
     }
     const auto mask_view = mask ? OptTensor(matrix(mask_rows, a.cols).view(at::kByte)) : mask;
     const auto weight_view = weight ? OptTensor(matrix(weight_rows, 1)) : weight;
-    triton::rowwise(formula_name(spec.family), views, mask_view, weight_view, spec.options, scale,
+    triton::rowwise(formula_name(spec.formula), views, mask_view, weight_view, spec.options, scale,
                     x.size(0), result.value.view({a.rows}), grads, wanted);
+    for (auto& [sum, dense] : by_column) at::sum_out(sum, dense, 0);
     return result;
   }
 
-  // A row in several chunks has as many partial sums.
-  const int64_t parts = chunks(a.cols);
-  std::vector<std::pair<Tensor, std::unique_ptr<double[]>>> sums;
-  auto summed = [&](const Tensor& out) -> void* {
-    if (parts == 1) return out.mutable_data_ptr();
-    sums.emplace_back(out, new double[a.rows * parts]);
-    return sums.back().second.get();
+  // What is summed in several parts, and those.
+  struct Parts {
+    Tensor out;
+    int64_t count;
+    bool by_column;
+    std::unique_ptr<double[]> values;
+  };
+  const Units units(a.rows, a.cols, a.by_column);
+  std::vector<Parts> sums;
+  const auto summed = [&](const Tensor& out) -> void* {
+    if (units.per_row == 1) return out.mutable_data_ptr();
+    sums.push_back(
+        {out, units.per_row, false, std::unique_ptr<double[]>(new double[a.rows * units.per_row])});
+    return sums.back().values.get();
   };
   a.sum[0] = summed(result.value);
   for (size_t j = 0, k = 0; j < needs.size(); ++j) {
     if (!needs[j]) continue;
     const Tensor& grad = result.grads[k++];
-    if (is_summed(j)) a.sum[1 + j] = summed(grad);
+    if (along(j) == Along::rows) a.sum[1 + j] = summed(grad);
+    if (along(j) == Along::columns) {
+      sums.push_back({dense_rows(grad, 1), units.blocks, true,
+                      std::unique_ptr<double[]>(new double[units.blocks * a.cols])});
+      a.columns[j] = sums.back().values.get();
+    }
   }
   unsigned outside = 0;
   a.outside = &outside;
   kernels().rowwise(a);
   if (outside) raise_outside(spec, inputs, mask, outside, overwrite);
-  for (const auto& [out, partial] : sums) sum_chunks(partial.get(), parts, out);
+  for (const Parts& p : sums) sum_parts(p.values.get(), p.count, p.out, p.by_column);
   return result;
 }
 
-namespace {
-
-Tensor apply_mask(const Tensor& t, const OptTensor& mask) {
-  return mask ? at::where(*mask, t, at::zeros({}, t.options())) : t;
-}
-
-// Evaluates the formula on whole tensors in the compute dtype. Masked elements are zeroed first:
-// a NaN there would come back through the product with a zero gradient.
-template <class Fn>
-auto evaluate(const Spec& spec, at::TensorList inputs, const OptTensor& mask, Fn&& use) {
-  check_inputs(spec, inputs, mask, {});
-  return with_formula(spec.family, [&](auto f) {
-    using F = decltype(f);
-    const auto compute = compute_type(inputs[1].scalar_type());
-    Tensor in[F::inputs], options[max_options];
-    for (int j = 0; j < F::inputs; ++j) {
-      in[j] = inputs[j].to(compute);
-      if (mask && (j == 0 || inputs[j].sizes() == inputs[1].sizes()))
-        in[j] = apply_mask(in[j], mask);
-    }
-    for (size_t k = 0; k < spec.options.size(); ++k) options[k] = num<Tensor>(spec.options[k]);
-    Result<Tensor, F::inputs> r = F::template eval<Tensor>(in, options);
-    return use(r.value, at::TensorList(r.grad, F::inputs));
-  });
-}
-
-}  // namespace
-
 Tensor rowwise_composite(const Spec& spec, at::TensorList inputs, const OptTensor& mask) {
-  return evaluate(spec, inputs, mask, [&](const Tensor& value, at::TensorList) {
-    const Tensor v = apply_mask(value, mask);
-    std::vector<int64_t> event;
-    for (int64_t d = inputs[1].dim() - inputs[0].dim() + 1; d < inputs[1].dim(); ++d)
-      event.push_back(d);
-    return event.empty() ? v : v.sum(event);
-  });
+  check_inputs(spec, inputs, mask, {});
+  static const auto op =
+      typed_op<Tensor(at::TensorList, c10::string_view, at::ArrayRef<double>, const OptTensor&)>(
+          "fastvae::row_composite");
+  return op.call(inputs, formula_name(spec.formula), spec.options, mask);
 }
 
-std::vector<Tensor> rowwise_composite_grads(const Spec& spec, at::TensorList inputs,
-                                            const OptTensor& mask, const Tensor& factor,
-                                            const Needs& needs) {
-  return evaluate(spec, inputs, mask, [&](const Tensor&, at::TensorList grads) {
-    const Tensor f = unsqueeze_event(factor, inputs[0].dim() - 1);
-    std::vector<Tensor> out;
-    for (size_t j = 0; j < needs.size(); ++j)
-      if (needs[j]) out.push_back(reduce_to(apply_mask(grads[j] * f, mask), inputs[j]));
-    return out;
-  });
+std::vector<Tensor> composite_grads(const std::function<std::vector<Tensor>(at::TensorList)>& call,
+                                    at::TensorList inputs, const Needs& needs,
+                                    at::TensorList factors) {
+  const bool graph = at::GradMode::is_enabled();
+  const at::AutoGradMode enabled(true);
+  std::vector<Tensor> aliases(inputs.begin(), inputs.end()), wanted;
+  for (size_t j = 0; j < needs.size(); ++j)
+    if (needs[j]) wanted.push_back(aliases[j] = inputs[j].view_as(inputs[j]));
+  std::vector<Tensor> values = call(aliases), upstream;
+  for (size_t i = 0; i < values.size(); ++i)
+    upstream.push_back(factors[i].to(values[i].scalar_type()).expand_as(values[i]));
+  return torch::autograd::grad(values, wanted, upstream, std::nullopt, graph, true);
 }
 
 }  // namespace fastvae

@@ -6,7 +6,6 @@
 #include <limits>
 #include <mutex>
 
-#include "aten_math.h"
 #include "formulas/all.h"
 #include "ops.h"
 #include "triton.h"
@@ -136,7 +135,7 @@ SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& 
   const std::unique_ptr<double[]> partial(want_kl ? new double[a.batch * per_row] : nullptr);
   a.kl = partial.get();
   kernels().sample(a);
-  if (want_kl) sum_chunks(a.kl, per_row, kl);
+  if (want_kl) sum_parts(a.kl, per_row, kl);
   return {z, kl};
 }
 
@@ -250,19 +249,11 @@ std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const
 
 // --- composites ---
 
-Tensor noise_like(const Tensor& mu, const Tensor& seed, std::optional<int64_t> num_samples,
-                  int64_t offset, const OptTensor& sample_index) {
-  static const auto op = typed_op<decltype(noise_fused)>("fastvae::noise");
-  const Tensor eps = op.call(seed, mu.sizes(), num_samples.value_or(1), offset, sample_index);
-  return num_samples ? eps : eps.squeeze(0);
-}
-
 Tensor rsample_composite(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
                          std::optional<int64_t> num_samples, int64_t sample_offset,
                          const OptTensor& sample_index) {
-  const auto compute = compute_type(mu.scalar_type());
-  const Tensor eps = noise_like(mu, seed, num_samples, sample_offset, sample_index).to(compute);
-  return sample<Tensor>(mu.to(compute), logvar.to(compute), eps).to(mu.scalar_type());
+  static const auto op = typed_op<decltype(rsample_composite)>("fastvae::rsample_composite");
+  return op.call(mu, logvar, seed, num_samples, sample_offset, sample_index);
 }
 
 SampleResult rsample_kl_composite(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
@@ -285,24 +276,18 @@ variable_list sample_grads(AutogradContext* ctx, const Tensor& grad_z, const Ten
   variable_list grads(6);
   if (!grad_z.defined() && !grad_kl.defined()) return grads;
   if (needs_composite_backward({grad_z, grad_kl}, {mu, logvar})) {
-    const auto compute = compute_type(mu.scalar_type());
-    const Tensor lv = logvar.to(compute);
-    Tensor g_mu = at::zeros_like(mu, compute), g_logvar = at::zeros_like(lv);
-    if (grad_z.defined()) {
-      const Tensor dz = grad_z.to(compute),
-                   eps_dz = dz * noise_like(mu, seed, num_samples, offset, index);
-      g_mu = num_samples ? dz.sum(0) : dz;
-      g_logvar = sample_dlogvar<Tensor>(lv, num_samples ? eps_dz.sum(0) : eps_dz);
-    }
-    g_mu = g_mu.to(mu.scalar_type());
-    g_logvar = g_logvar.to(mu.scalar_type());
-    if (grad_kl.defined()) {
-      auto kl = rowwise_composite_grads(kl_spec(2), {mu, logvar}, {}, grad_kl, {true, true});
-      g_mu = g_mu + kl[0];
-      g_logvar = g_logvar + kl[1];
-    }
-    grads[0] = g_mu;
-    grads[1] = g_logvar;
+    const auto values = [&](at::TensorList in) {
+      std::vector<Tensor> out;
+      if (grad_z.defined())
+        out.push_back(rsample_composite(in[0], in[1], seed, num_samples, offset, index));
+      if (grad_kl.defined()) out.push_back(rowwise_composite(kl_spec(2), in, {}));
+      return out;
+    };
+    std::vector<Tensor> factors;
+    for (const Tensor& g : {grad_z, grad_kl})
+      if (g.defined()) factors.push_back(g);
+    auto made = composite_grads(values, {mu, logvar}, {true, true}, factors);
+    std::move(made.begin(), made.end(), grads.begin());
     return grads;
   }
   at::AutoDispatchBelowAutograd guard;

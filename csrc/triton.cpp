@@ -40,9 +40,9 @@ bool remembered(torch::autograd::AutogradContext* ctx) {
 }
 
 void rowwise(const char* family, const std::vector<Tensor>& inputs, const OptTensor& mask,
-             const OptTensor& weight, at::ArrayRef<double> constants, double scale, int64_t batch,
+             const OptTensor& weight, at::ArrayRef<double> options, double scale, int64_t batch,
              const Tensor& value, const std::vector<Tensor>& grads, const Needs& needs) {
-  call("rowwise", value, family, inputs, mask, weight, constants.vec(), scale, batch, value, grads,
+  call("rowwise", value, family, inputs, mask, weight, options.vec(), scale, batch, value, grads,
        needs);
 }
 

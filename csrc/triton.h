@@ -29,7 +29,7 @@ bool remembered(torch::autograd::AutogradContext* ctx);
 
 // What fastvae/_triton/__init__.py has, under the same names; matrices are [rows, cols] views.
 void rowwise(const char* family, const std::vector<Tensor>& inputs, const OptTensor& mask,
-             const OptTensor& weight, at::ArrayRef<double> constants, double scale, int64_t batch,
+             const OptTensor& weight, at::ArrayRef<double> options, double scale, int64_t batch,
              const Tensor& value, const std::vector<Tensor>& grads, const Needs& needs);
 void sample_forward(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples,
                     int64_t sample_offset, const OptTensor& sample_index, const Tensor& z,

@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastvae import _composite
 from fastvae._backends import eager
-from fastvae._backends._common import compute_dtype
+from fastvae._composite import compute_dtype
 
 register = torch.library.register_fake
 ops = torch.ops.fastvae
@@ -132,16 +133,16 @@ def _rsample_backward(
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
-def _event_like(full: Tensor, lead: int, dtype: torch.dtype) -> Tensor:
+def _event_like(full: Tensor, shape: Sequence[int], lead: int, dtype: torch.dtype) -> Tensor:
     """Empty, its event dimensions in the order in which those of `full` lie densely in memory, if
     they do: csrc/common.cpp's memory_order and empty_event."""
     order = sorted(range(lead, full.dim()), key=full.stride, reverse=True)
     wide = [d for d in order if full.shape[d] != 1]
     for outer, inner in itertools.pairwise(wide):
         if full.stride(outer) != full.stride(inner) * full.shape[inner]:
-            return full.new_empty(full.shape, dtype=dtype)
+            return full.new_empty(shape, dtype=dtype)
     dims = [*range(lead), *order]
-    stored = full.new_empty([full.shape[d] for d in dims], dtype=dtype)
+    stored = full.new_empty([shape[d] for d in dims], dtype=dtype)
     return stored.permute([dims.index(d) for d in range(full.dim())])
 
 
@@ -169,15 +170,18 @@ def _row_forward(
     full = params[0]
     event_dims = x.dim() - 1
     lead = full.dim() - event_dims
+    compute = compute_dtype(full.dtype)
     grads = []
     for j, t in enumerate((x, *params)):
         if not needs[j]:
             continue
         if j == 0 or t.shape == full.shape:
-            grads.append(_event_like(full, lead, t.dtype))
+            grads.append(_event_like(full, full.shape, lead, t.dtype))
+        elif t.dim() == full.dim() and all(n == 1 for n in t.shape[:lead]) and t.numel() != 1:
+            grads.append(_event_like(full, t.shape, lead, compute))  # summed over the rows
         else:  # constant along each row: one value per row
             shape = (*full.shape[:lead], *[1] * event_dims)
-            grads.append(full.new_empty(shape, dtype=compute_dtype(full.dtype)))
+            grads.append(full.new_empty(shape, dtype=compute))
     return _rows(full, lead), grads
 
 
@@ -226,3 +230,20 @@ def _count_nonfinite(
 
 
 torch.library.register_kernel("fastvae::count_nonfinite", "cuda", eager.count_nonfinite)
+
+
+def _rsample_composite(
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    num_samples: int | None,
+    sample_offset: int,
+    sample_index: Tensor | None = None,
+) -> Tensor:
+    eps = ops.noise(seed, mu.shape, num_samples or 1, sample_offset, sample_index)
+    return _composite.sample(mu, logvar, eps.squeeze(0) if num_samples is None else eps)
+
+
+_library = torch.library.Library("fastvae", "IMPL")
+_library.impl("row_composite", _composite.rows, "CompositeImplicitAutograd")
+_library.impl("rsample_composite", _rsample_composite, "CompositeImplicitAutograd")

@@ -214,7 +214,8 @@ def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
 def check_recon(recon: Recon, x: Tensor, family: Likelihood) -> tuple[Tensor, ...]:
     """The formula's parameters, each of the full shape or constant along each row."""
     check_dense("x", x)
-    if x.dtype not in _FLOATING and x.dtype not in (torch.uint8, torch.bool):
+    counts = family.domains.get("x") == "count" and not x.dtype.is_complex
+    if x.dtype not in (*_FLOATING, torch.uint8, torch.bool) and not (counts and _whole(x)):
         way_out = "" if x.dtype.is_complex else ": take x.float(), of pixel values x / 255"
         raise TypeError(f"x must be floating, uint8 or bool, got {x.dtype}{way_out}")
     if x.dim() == 0:
@@ -230,7 +231,8 @@ def check_recon(recon: Recon, x: Tensor, family: Likelihood) -> tuple[Tensor, ..
         )
     for name, t in zip(names, given, strict=True):
         check_floating(name, t)
-    first = given[0]
+    params = family.params(tuple(given), x)
+    first = params[0]
     if first.shape != x.shape and (first.dim() != x.dim() + 1 or first.shape[1:] != x.shape):
         raise ValueError(
             f"x and {names[0]} must have the same shape, the latter with a leading sample "
@@ -238,10 +240,9 @@ def check_recon(recon: Recon, x: Tensor, family: Likelihood) -> tuple[Tensor, ..
         )
     if first.dim() > x.dim() and first.shape[0] == 0:
         raise ValueError(f"{names[0]} must hold at least one sample, got {shape(first)}")
-    params = family.params(tuple(given))
     if len(params) == 1 and first.device == x.device:  # the common case
         return params
-    all_names = (*names, *family.own_param_names)
+    all_names = family.formula_names
     for name, t in zip(all_names, params, strict=True):
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
@@ -249,8 +250,12 @@ def check_recon(recon: Recon, x: Tensor, family: Likelihood) -> tuple[Tensor, ..
     return (first, *(_fit(name, t, first, x.dim() - 1) for name, t in rest))
 
 
+def _whole(x: Tensor) -> bool:
+    return x.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _fit(name: str, t: Tensor, first: Tensor, event_dims: int) -> Tensor:
-    """Leaves a parameter that is full or constant along each row; expands any other."""
+    """A parameter expanded no further than to a value per element, per row or per column."""
     if t.shape == first.shape:
         return t
     check_dense(name, t)
@@ -259,13 +264,11 @@ def _fit(name: str, t: Tensor, first: Tensor, event_dims: int) -> Tensor:
     if t.numel() == 1:
         return t.reshape(())
     lead = first.dim() - event_dims
-    if (
-        event_dims
-        and t.dim() == first.dim()
-        and t.shape[:lead] == first.shape[:lead]
-        and t.shape[lead:].numel() == 1
-    ):
-        return t
+    own = (*[1] * (first.dim() - t.dim()), *t.shape)
+    if all(n == 1 for n in own[lead:]):
+        return t.expand(*first.shape[:lead], *[1] * event_dims)
+    if all(n == 1 for n in own[:lead]):
+        return t.expand(*[1] * lead, *first.shape[lead:])
     return t.expand(first.shape)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
 
 from fastvae import functional
-from fastvae._backends._common import compute_dtype
+from fastvae._composite import compute_dtype
 from fastvae._validation import check_latent
 
 

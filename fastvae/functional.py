@@ -295,7 +295,7 @@ def evaluate(
     common = mu is None and logvar is None and prior is None and mask is None
     common = common and sample_weight is None and not inplace_backward and backend == "auto"
     common = common and type(beta) is float
-    if common and not family.own_param_names and not is_compiling():
+    if common and family.formula_names is family.param_names and not is_compiling():
         terms = cpp.direct.elbo(x, recon, kl, family.family, family.options, beta, reduction)
         if terms is not None:
             assert kl is not None

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import NegativeBinomial, Normal, Poisson
 from torch.nn.functional import logsigmoid
 
 Params = Tensor | Sequence[Tensor]
@@ -61,11 +61,37 @@ def gaussian_logvar(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     return Normal(mean, (logvar / 2).exp(), validate_args=False).log_prob(x)
 
 
+def poisson(x: Tensor, mean: Tensor) -> Tensor:
+    return Poisson(mean, validate_args=False).log_prob(x)
+
+
+def poisson_log(x: Tensor, log_mean: Tensor) -> Tensor:
+    return x * log_mean - log_mean.exp() - torch.lgamma(x + 1)
+
+
+def negative_binomial(x: Tensor, mean: Tensor, dispersion: Tensor) -> Tensor:
+    """torch's, whose probability of a success is m / (m + theta)."""
+    logits = mean.log() - dispersion.log()
+    return NegativeBinomial(dispersion, logits=logits, validate_args=False).log_prob(x)
+
+
+def zero_inflated_negative_binomial(
+    x: Tensor, mean: Tensor, dispersion: Tensor, zero_logits: Tensor
+) -> Tensor:
+    """ln(pi [x = 0] + (1 - pi) NB(x)), each term by its logarithm."""
+    nb = negative_binomial(x, mean, dispersion) + logsigmoid(-zero_logits)
+    return torch.where(x == 0, torch.logaddexp(logsigmoid(zero_logits), nb), nb)
+
+
 ORACLES: dict[str, Callable[..., Tensor]] = {
     "bernoulli": bernoulli,
     "bernoulli_probs": bernoulli_probs,
     "gaussian": gaussian,
     "gaussian_logvar": gaussian_logvar,
+    "poisson": poisson,
+    "poisson_log": poisson_log,
+    "negative_binomial": negative_binomial,
+    "zero_inflated_negative_binomial": zero_inflated_negative_binomial,
 }
 
 _OPTIONS: dict[str, tuple[str, ...]] = {

@@ -83,13 +83,22 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     return view
 
 
+def leaves_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those tensors; the floating ones, which are alone differentiable, require a gradient."""
+    return [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def floating(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t for t in tensors if t.is_floating_point()]
+
+
 def run(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The value, and the gradient of every floating input (of leaves, strides kept)."""
-    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    leaves = leaves_of(inputs)
     value = function(*leaves)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    wanted = floating(leaves)
     if upstream is None:
         upstream = torch.ones((), device=value.device)
     grads = torch.autograd.grad(value, wanted, upstream.to(value.dtype).expand_as(value))
@@ -181,6 +190,10 @@ def noise_bound(radius: Tensor) -> Tensor:
 
 # ----------------------------------------------------------------------------------------- families
 
+# One of each kind of formula: what belongs to the loop is tested with these; with the others by
+# the full products alone (conftest.py).
+REPRESENTATIVES = ("bernoulli", "gaussian_logvar", "zero_inflated_negative_binomial")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -196,19 +209,20 @@ class Family:
     def make(self) -> Any:
         from fastvae import likelihoods
 
-        kinds: dict[str, Callable[..., Any]] = {
-            "bernoulli": likelihoods.Bernoulli,
-            "bernoulli_probs": likelihoods.BernoulliProbs,
-            "gaussian": likelihoods.Gaussian,
-            "gaussian_logvar": lambda: likelihoods.Gaussian(logvar="per_element"),
-        }
-        return kinds[self.name](**self.options)
+        make: Callable[..., Any] = likelihoods.registry[self.name]
+        return make(**self.options)
+
+    def params(self, x: Tensor, recon: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the operators take."""
+        params: tuple[Tensor, ...] = self.make().params(tuple(recon), x)
+        return params
 
     def inputs(
         self, shape: Sequence[int], dtype: torch.dtype, num_samples: int | None = None
     ) -> list[Tensor]:
         recon_shape = shape if num_samples is None else (num_samples, *shape)
-        return [t.to(dtype) for t in self.draw(shape, recon_shape)]
+        drawn = self.draw(shape, recon_shape)
+        return [t.to(dtype) if t.is_floating_point() else t for t in drawn]  # counts stay such
 
 
 def _bernoulli_sizes(x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
@@ -265,6 +279,60 @@ def _logvar_sizes(x: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, ...]
     return (q + logvar.abs() + math.log(2 * math.pi)) / 2, d, d, (q + 1) / 2
 
 
+def _poisson_torchs(x: Tensor, mean: Tensor) -> Tensor:
+    return x * mean.log() - mean - torch.lgamma(x + 1)
+
+
+def _poisson_sizes(x: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
+    value = x * mean.log().abs() + mean + torch.lgamma(x + 1)
+    return value, value, x / mean + 1
+
+
+def _poisson_log_sizes(x: Tensor, log_mean: Tensor) -> tuple[Tensor, ...]:
+    value = x * log_mean.abs() + log_mean.exp() + torch.lgamma(x + 1)
+    return value, value, x + log_mean.exp()
+
+
+def _nb_torchs(x: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
+    rise = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    log_total = (theta + mean).log()
+    return rise + theta * (theta.log() - log_total) + x * (mean.log() - log_total)
+
+
+def _nb_sizes(x: Tensor, mean: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
+    total, l = theta + mean, torch.log1p(mean / theta)
+    value = theta * l + x * (mean / total).log().abs() + torch.lgamma(x + 1)
+    by_theta = l + (x + mean) / total + torch.digamma(x + theta) - torch.digamma(theta)
+    return value, value, x / mean + (x + theta) / total, by_theta
+
+
+def _zinb_torchs(x: Tensor, mean: Tensor, theta: Tensor, z: Tensor) -> Tensor:
+    nb = _nb_torchs(x, mean, theta)
+    return torch.where(x == 0, torch.logaddexp(z, nb), nb) - F.softplus(z)
+
+
+def _zinb_sizes(x: Tensor, mean: Tensor, theta: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    value, *others = _nb_sizes(x, mean, theta)
+    return value + z.abs() + 1, *others, torch.full_like(z, 2)
+
+
+def _draw_counts(*scales: float) -> Callable[[Sequence[int], Sequence[int]], tuple[Tensor, ...]]:
+    """Mostly 0 and small, some beyond the limit of the product; parameters of a log-normal."""
+
+    def draw(x: Sequence[int], recon: Sequence[int]) -> tuple[Tensor, ...]:
+        counts = torch.poisson((1.5 * torch.randn(*x) - 1).exp())
+        counts = torch.where(torch.rand(*x) < 0.05, 37 * counts + 11, counts)
+        return counts.long(), *((s * torch.randn(*recon)).exp() for s in scales)
+
+    return draw
+
+
+def _with_normal(
+    draw: Callable[[Sequence[int], Sequence[int]], tuple[Tensor, ...]],
+) -> Callable[[Sequence[int], Sequence[int]], tuple[Tensor, ...]]:
+    return lambda x, recon: (*draw(x, recon), 2 * torch.randn(*recon))
+
+
 FAMILIES: dict[str, Family] = {
     "bernoulli": Family(
         "bernoulli",
@@ -282,5 +350,19 @@ FAMILIES: dict[str, Family] = {
         _logvar_torchs,
         _logvar_sizes,
         lambda x, recon: (torch.randn(*x), torch.randn(*recon), torch.randn(*recon)),
+    ),
+    "poisson": Family("poisson", _poisson_torchs, _poisson_sizes, _draw_counts(1.0)),
+    "poisson_log": Family(
+        "poisson_log",
+        lambda x, l: x * l - l.exp() - torch.lgamma(x + 1),
+        _poisson_log_sizes,
+        _with_normal(_draw_counts()),
+    ),
+    "negative_binomial": Family("negative_binomial", _nb_torchs, _nb_sizes, _draw_counts(1.5, 1.0)),
+    "zero_inflated_negative_binomial": Family(
+        "zero_inflated_negative_binomial",
+        _zinb_torchs,
+        _zinb_sizes,
+        _with_normal(_draw_counts(1.5, 1.0)),
     ),
 }

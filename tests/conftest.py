@@ -13,6 +13,8 @@ if GPU:
 else:  # before the kernels are built: they run in Triton's interpreter, on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import cases  # noqa: E402
+
 import fastvae  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -21,12 +23,46 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.repair()
 
 
+# What takes long, or needs what `make test` does not install.
+SLOW_FILES = ("aot", "benchmarks_gpu", "demo", "distributed", "docs", "examples", "integrations")
+SLOW_FILES += ("processes", "setup", "properties", "parity", "theory", "jensen")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--products",
+        choices=["quick", "rest", "all"],
+        default="quick",
+        help="quick: what belongs to the loop once per kind of formula, what belongs to a formula "
+        "once; rest: what quick leaves out; all: both",
+    )
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Whether `make test` runs it: a sum of what can go wrong, not its product."""
+    name = item.path.stem.removeprefix("test_")
+    if name in SLOW_FILES or item.get_closest_marker("full"):
+        return False
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if "triton" in params.values() and not name.startswith("triton") and "gpu" not in name:
+        return False
+    family = params.get("family")
+    if not isinstance(family, cases.Family) or family.name in cases.REPRESENTATIVES:
+        return True
+    return (
+        params.get("layout") == "contiguous" or item.get_closest_marker("every_family") is not None
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """70,001 columns take the interpreter minutes; 5,001 are split over programs just as well.
-    Exhaustive tests run when they are asked for."""
+    Exhaustive tests run when they are asked for, and on a GPU every product runs."""
     slow = [i for i in items if "triton" in i.name and "70001" in i.name] if not GPU else []
     if "exhaustive" not in config.option.markexpr:
         slow += [i for i in items if i.get_closest_marker("exhaustive")]
+    products = "all" if GPU or config.option.file_or_dir else config.getoption("--products")
+    if products != "all":
+        slow += [i for i in items if is_quick(i) != (products == "quick")]
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [i for i in items if i not in set(slow)]

@@ -144,6 +144,7 @@ def test_cpu_tensors_never_import_triton(native: None) -> None:
 
 def test_every_operator_has_a_cuda_kernel(native: None) -> None:
     schemas = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastvae::")]
-    assert len(schemas) == 14
-    for name in schemas:
+    composites = {"fastvae::row_composite", "fastvae::rsample_composite"}  # of other operators
+    assert len(schemas) == 15 and composites <= set(schemas)
+    for name in set(schemas) - composites:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name

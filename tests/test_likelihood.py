@@ -18,7 +18,9 @@ from cases import (
     assert_as_good_as_torch,
     assert_within,
     compute_dtype,
+    floating,
     lay_out,
+    leaves_of,
     run,
     upstream_like,
 )
@@ -27,6 +29,7 @@ from torch import Tensor
 import fastvae
 from fastvae import reference
 
+WHOLE = [torch.int64, torch.int32, torch.int16, torch.int8]
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -89,8 +92,8 @@ def check(
 
     outer = upstream.double().abs().expand(expected_shape)
     outer = outer.reshape(*expected_shape, *(1,) * event_dims)
-    floating = [(t, s) for t, s in zip(inputs, sizes, strict=True) if t.is_floating_point()]
-    for i, (leaf, size) in enumerate(floating):
+    of_leaves = [(t, s) for t, s in zip(inputs, sizes, strict=True) if t.is_floating_point()]
+    for i, (leaf, size) in enumerate(of_leaves):
         scale = torch.where(kept, size * outer, 0.0).sum_to_size(leaf.shape)
         assert grads[i].dtype == leaf.dtype
         # a float64 x beside a float32 recon: its gradient was computed in float32
@@ -149,7 +152,11 @@ def test_x_of_another_dtype(
     family: Family, dtype: torch.dtype, x_dtype: torch.dtype, backend: str
 ) -> None:
     x, *params = family.inputs((4, 35), dtype)
-    x = x.to(x_dtype) if x_dtype.is_floating_point else (x > 0.5).to(x_dtype)
+    if not x.is_floating_point() and x_dtype.is_floating_point:
+        x_dtype = dict(zip(DTYPES, WHOLE, strict=True))[x_dtype]
+        x = x.clamp_max(127).to(x_dtype)
+    else:
+        x = x.to(x_dtype) if x_dtype.is_floating_point else (x > 0.5).to(x_dtype)
     wide = fastvae.log_likelihood(
         params[0] if len(params) == 1 else tuple(params), x, family.make(), backend=backend
     ).dtype
@@ -182,7 +189,7 @@ def test_mask(
     x, *params = family.inputs((4, 3, 17), dtype, num_samples)
     mask = torch.rand(mask_shape) < 0.6
     hidden = ~mask.expand(x.shape)
-    x = x.masked_fill(hidden, float("nan"))
+    x = x.masked_fill(hidden, float("nan") if x.is_floating_point() else -1)
     params = [p.masked_fill(hidden, float("nan")) for p in params]
     check(family, backend, [x, *params], mask=mask)
     _, grads = run(ours(family, backend, mask), [x, *params])
@@ -254,9 +261,10 @@ def test_bfloat16_gradients_are_float32_ones_rounded(
         x, *params = family.inputs((3, columns), torch.bfloat16)
         if any(p.shape != x.shape for p in params):
             return  # one value a row: its gradient is a sum
-        x = x.to(x_dtype)
+        x = x.to(x_dtype) if x.is_floating_point() else x
         value, grads = run(ours(family, "cpp"), [x, *params])
-        wide_value, wide = run(ours(family, "cpp"), [t.float() for t in (x, *params)])
+        wide_x = x.float() if x.is_floating_point() else x
+        wide_value, wide = run(ours(family, "cpp"), [wide_x, *(t.float() for t in params)])
         torch.testing.assert_close(value, wide_value, rtol=1e-6, atol=1e-4)
         for j, (narrow, exact) in enumerate(zip(grads, wide, strict=True)):
             assert torch.equal(narrow, exact.to(narrow.dtype)), (columns, j)
@@ -291,7 +299,7 @@ def test_upstream_gradients(
     inputs = family.inputs((4, 19), dtype, num_samples)
     shape = (4,) if num_samples is None else (num_samples, 4)
     function = ours(family, backend)
-    leaves = [t.requires_grad_() for t in inputs]
+    leaves = leaves_of(inputs)
     value = function(*leaves)
     upstream = {
         "ones": torch.ones(shape),
@@ -303,7 +311,7 @@ def test_upstream_gradients(
         "loss_scale": torch.full(shape, 2.0**-9),
     }[kind]
     check(family, backend, [t.detach() for t in inputs], upstream=upstream.to(value.dtype))
-    given = torch.autograd.grad(value, leaves, upstream)
+    given = torch.autograd.grad(value, floating(leaves), upstream)
     _, expected = run(function, inputs, upstream.to(value.dtype))
     for got, want in zip(given, expected, strict=True):
         assert torch.equal(got, want)
@@ -325,14 +333,14 @@ def test_small_gradients_survive_loss_scaling(backend: str) -> None:
 def test_backward_twice_gives_the_same(
     family: Family, num_samples: int | None, backend: str
 ) -> None:
-    leaves = [t.requires_grad_() for t in family.inputs((5, 33), torch.float32, num_samples)]
+    leaves = leaves_of(family.inputs((5, 33), torch.float32, num_samples))
     value = ours(family, backend)(*leaves)
     upstream = upstream_like(value.shape)
-    first = torch.autograd.grad(value, leaves, upstream, retain_graph=True)
+    first = torch.autograd.grad(value, floating(leaves), upstream, retain_graph=True)
     kept = [g.clone() for g in first]
     for g in first:
         g.zero_()  # the gradient belongs to the caller, who may write on it
-    second = torch.autograd.grad(value, leaves, upstream)
+    second = torch.autograd.grad(value, floating(leaves), upstream)
     for a, b in zip(kept, second, strict=True):
         assert torch.equal(a, b)
 
@@ -344,17 +352,18 @@ def test_only_the_inputs_that_ask_get_a_gradient(family: Family, backend: str) -
     upstream = upstream_like((4,))
     _, every = run(function, inputs, upstream)
     assert not function(*inputs).requires_grad
-    for i in range(len(inputs)):
+    whole = len(inputs) - len(floating(inputs))  # x in front
+    for i in range(whole, len(inputs)):
         leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate(inputs)]
         (function(*leaves) * upstream).sum().backward()
         assert [leaf.grad is not None for leaf in leaves] == [i == j for j in range(len(inputs))]
-        torch.testing.assert_close(leaves[i].grad, every[i], rtol=2e-7, atol=0)
+        torch.testing.assert_close(leaves[i].grad, every[i - whole], rtol=2e-7, atol=0)
 
 
 @families
 @dtypes
 def test_no_grad_gives_the_same_value(family: Family, dtype: torch.dtype, backend: str) -> None:
-    leaves = [t.requires_grad_() for t in family.inputs((4, 21), dtype)]
+    leaves = leaves_of(family.inputs((4, 21), dtype))
     function = ours(family, backend)
     with torch.no_grad():
         value = function(*leaves)
@@ -372,13 +381,14 @@ def test_inputs_are_not_written(family: Family, backend: str) -> None:
 
 
 @families
+@pytest.mark.every_family
 @pytest.mark.parametrize("num_samples", [None, 2])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(family: Family, num_samples: int | None, masked: bool, backend: str) -> None:
     x, *params = family.inputs((3, 5), torch.float64, num_samples)
     if family.name == "bernoulli_probs":
         params = [0.2 + 0.6 * p for p in params]  # a clamped value has no matching gradient
-    leaves = tuple(t.requires_grad_() for t in (x, *params))
+    leaves = leaves_of([x, *params])
     mask = torch.rand(3, 5) < 0.5 if masked else None
     assert torch.autograd.gradcheck(ours(family, backend, mask), leaves)
     assert torch.autograd.gradgradcheck(ours(family, backend, mask), leaves)

@@ -4,11 +4,12 @@
 
 #include <cstdint>
 
+#include "../formulas/formula.h"
 #include "../formulas/list.h"
 
 namespace fastvae {
 
-enum class DType : uint8_t { f64, f32, bf16, f16, u8 };
+enum class DType : uint8_t { f64, f32, bf16, f16, u8, i8, i16, i32, i64 };
 
 // An input seen as a matrix [rows, cols]. Row r is stored row r mod `period`; a stride of 0 repeats
 // a row, a column stride of 0 one element along it.
@@ -26,10 +27,12 @@ struct Output {
   DType dtype = DType::f32;
 };
 
+// What fits the L1 cache, in elements.
+constexpr int64_t tile = 1024;
 // Long rows are cut at multiples of `row_chunk` columns, so that two cores share even one row; the
 // cut does not depend on the number of threads, and so neither do the sums.
-constexpr int64_t row_chunk = 16384;
-inline int64_t chunks(int64_t cols) {
+constexpr int64_t row_chunk = 16 * tile;
+FASTVAE_INLINE int64_t chunks(int64_t cols) {
   return cols <= row_chunk ? 1 : (cols + row_chunk - 1) / row_chunk;
 }
 
@@ -37,8 +40,27 @@ inline int64_t chunks(int64_t cols) {
 // across lanes and the pointers, is more than their elements do.
 constexpr int64_t short_row = 48;
 
+// The work in units that any thread may do: as many short rows as fit a tile; a row's chunk; or
+// where gradients are summed over the rows, a tile's columns of at least 32 rows and at most 8
+// such blocks. A row has `per_row` partial sums, a column `blocks`.
+struct Units {
+  bool together;
+  int64_t rows, cols, per_row, blocks, count;
+  FASTVAE_INLINE Units(int64_t all_rows, int64_t all_cols, bool by_column) {
+    together = all_cols > 0 && all_cols <= short_row;
+    rows = together ? tile / all_cols : by_column ? at_least(32, (all_rows + 7) / 8) : 1;
+    cols = together ? all_cols : by_column ? tile : row_chunk;
+    per_row = at_least(1, (all_cols + cols - 1) / at_least(1, cols));
+    blocks = (all_rows + rows - 1) / rows;
+    count = blocks * per_row;
+  }
+
+ private:
+  static FASTVAE_INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+};
+
 struct RowwiseArgs {
-  Family family;
+  int formula;  // its place in Formulas
   int64_t rows, cols;
   bool use_double;         // compute in float64, else in float32
   Operand in[max_inputs];  // in the formula's order
@@ -51,6 +73,10 @@ struct RowwiseArgs {
   // The value's sum along each row, then those of gradients that are summed along it; null: not
   // wanted. [rows] in the compute type where a row is one chunk, else doubles, [rows * chunks].
   void* sum[1 + max_inputs];
+  // Of gradients that are summed over the rows: doubles, [Units.blocks, cols]; null: not wanted.
+  // `by_column`: there are such.
+  double* columns[max_inputs];
+  bool by_column;
   unsigned* outside;  // bit j is set where input j leaves its domain
 };
 

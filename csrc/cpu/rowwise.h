@@ -18,21 +18,13 @@ inline namespace CPU_CAPABILITY {
 // How many elements ahead inputs are fetched: the hardware's prefetcher stops at each page's end.
 constexpr int64_t ahead = 512;
 
-// Bit j: input j must be in [0, 1]. Read at compile time only, so that no instruction set's object
-// holds a copy of F::domain that the linker could give to the others.
-template <class F>
-consteval unsigned units() {
+// Bit j: what `test` says of input j. Read at compile time only, so that no instruction set's
+// object holds a copy of F::inputs that the linker could give to the others.
+template <class F, class Test>
+consteval unsigned inputs_that(Test test) {
   unsigned bits = 0;
-  for (int j = 0; j < F::inputs; ++j) bits |= (F::domain[j] == Domain::unit ? 1u : 0u) << j;
+  for (int j = 0; j < inputs_of<F>; ++j) bits |= (test(F::inputs[j]) ? 1u : 0u) << j;
   return bits;
-}
-
-// Whether all n values are in [0, 1].
-template <class T, class S>
-inline bool in_unit(const S* x, int64_t n, const T* mask) {
-  for (int64_t i = 0; i < n; ++i)
-    if (!(x[i] >= S(0) && x[i] <= S(1)) && !(mask && mask[i] == T(0))) return false;
-  return true;
 }
 
 // Where a tile's inputs and wanted gradients are; others are null. The first parameter is param[1],
@@ -41,66 +33,100 @@ template <class F, class T, class X, class S>
 struct Pointers {
   const X* x;
   X* dx;
-  const S* param[F::inputs];
-  S* dparam[F::inputs];
+  const S* param[inputs_of<F>];
+  S* dparam[inputs_of<F>];
   const T* mask;
   // Of short rows: each element's scale, and where its value goes.
   const T* factor;
   T* value;
 };
 
+// Calls body(j, constant) for each input, the latter its domain.
+template <class F, class Body>
+FASTVAE_INLINE void for_domains(Body&& body) {
+  [&]<int... j>(std::integer_sequence<int, j...>) __attribute__((always_inline)) {
+    (body(j, std::integral_constant<Domain, F::inputs[j].domain>{}), ...);
+  }(std::make_integer_sequence<int, inputs_of<F>>{});
+}
+
+// Whether all n values are in the domain, those apart that the mask leaves out.
+template <Domain domain, class T, class S>
+inline bool all_in_domain(const S* x, int64_t n, const T* mask) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T v = static_cast<T>(x[i]);
+    const bool inside = domain == Domain::real       ? true
+                        : domain == Domain::unit     ? v >= T(0) && v <= T(1)
+                        : domain == Domain::positive ? v > T(0)
+                        : domain == Domain::count
+                            ? v >= T(0) && v - v == T(0) && std::nearbyint(v) == v
+                            : v >= T(0);
+    if (!inside && !(mask && mask[i] == T(0))) return false;
+  }
+  return true;
+}
+
 // One tile: returns Σ value, or of short rows stores the values; writes scale · gradient where that
-// is wanted; flags inputs outside their domain. A partial vector is loaded with zeros behind it,
-// which lie in every domain; what it adds to the sum is cut off.
+// is wanted; flags inputs outside their domain. Behind a partial vector, and where the mask leaves
+// an element out, stands what lies in every domain; what it adds to the sum is cut off.
 template <class F, class T, class X, class S, bool Grad, bool Masked, bool Short>
 inline double formula_tile(const Pointers<F, T, X, S>& t, int64_t n, const Vec<T>* options, T scale,
-                           unsigned& outside) {
+                           int64_t ahead, unsigned& outside) {
   using V = Vec<T>;
-  constexpr int P = parts<T, S>;
+  constexpr int N = inputs_of<F>, P = parts<T, S>;
   constexpr bool may_mask = Masked || Short;
-  const V zero(T(0)), factor(scale);
-  constexpr unsigned unit_inputs = units<F>();
-  InUnit<V> inside[F::inputs];
+  constexpr bool odds_too = requires { F::log_odds; }, gain_too = requires { F::log_gain; };
+  constexpr unsigned at_one = inputs_that<F>([](Input i) { return i.domain == Domain::positive; });
+  const V zero(T(0)), one(T(1)), factor(scale);
+  std::tuple<Inside<V, Domain::real>, Inside<V, Domain::unit>, Inside<V, Domain::nonnegative>,
+             Inside<V, Domain::positive>, Inside<V, Domain::count>>
+      inside[N];
   const Pointers<F, T, X, S> here = t;  // a copy: a store of floats could change what `t` refers to
 
   const double total =
       sum_vectors<T, S>(n, [&](int64_t i, auto count, Sum<T>& sum) __attribute__((always_inline)) {
-        V in[F::inputs][P], grad[F::inputs][P];
+        constexpr bool partial = std::is_same_v<decltype(count), int64_t>;
+        V in[N][P], grad[N][P];
         load(here.x + i, count, in[0]);
-        for (int j = 1; j < F::inputs; ++j) load(here.param[j] + i, count, in[j]);
+        for (int j = 1; j < N; ++j) load(here.param[j] + i, count, in[j]);
         __builtin_prefetch(here.x + i + ahead, 0, 2);
-        for (int j = 1; j < F::inputs; ++j) __builtin_prefetch(here.param[j] + i + ahead, 0, 2);
+        for (int j = 1; j < N; ++j) __builtin_prefetch(here.param[j] + i + ahead, 0, 2);
         Mask<V> drop{};
         const bool masked = Masked || (Short && here.mask);
         if constexpr (may_mask)
           if (masked) drop = equal(V::loadu(here.mask + i, count), zero);
         for (int p = 0; p < P; ++p) {
-          V v[F::inputs];
-          for (int j = 0; j < F::inputs; ++j) {
+          V v[N];
+          for (int j = 0; j < N; ++j) {
+            const V filler = at_one >> j & 1 ? one : zero;
             v[j] = in[j][p];
-            // Zeroed before the formula for the domain's sake, after it for the value's.
+            if constexpr (partial && at_one != 0) v[j] = V::set(filler, v[j], in_part<P>(count, p));
+            // Before the formula for the domain's sake, after it for the value's.
             if constexpr (may_mask)
-              if (masked) v[j] = select(drop, zero, v[j]);
-            if (unit_inputs >> j & 1) inside[j].add(v[j]);
+              if (masked) v[j] = select(drop, filler, v[j]);
           }
+          for_domains<F>([&](int j, auto domain) __attribute__((always_inline)) {
+            std::get<Inside<V, decltype(domain)::value>>(inside[j]).add(v[j]);
+          });
           const auto r = F::template eval<V>(v, options);
-          for (int j = 0; j < F::inputs; ++j) grad[j][p] = r.grad[j];
-          V value = r.value, odds = r.odds;
+          for (int j = 0; j < N; ++j) grad[j][p] = r.grad[j];
+          V value = r.value, odds = r.odds, gain = r.gain;
           if constexpr (Short) {
-            if constexpr (requires { F::log_odds; }) value = value - log1p(odds);
+            if constexpr (odds_too) value = value - log1p(odds);
+            if constexpr (gain_too) value = value + log1p(gain);
             if (masked) value = select(drop, zero, value);
             value.store(here.value + i, count);
             continue;
           }
-          if constexpr (Masked) value = select(drop, zero, value), odds = select(drop, zero, odds);
-          if constexpr (std::is_same_v<decltype(count), int64_t>) {
-            const int64_t some = in_part<P>(count, p);
-            value = V::set(zero, value, some), odds = V::set(zero, odds, some);
-          }
+          const auto keep = [&](V& term) __attribute__((always_inline)) {
+            if constexpr (Masked) term = select(drop, zero, term);
+            if constexpr (partial) term = V::set(zero, term, in_part<P>(count, p));
+          };
+          keep(value);
           sum.add(value);
-          if constexpr (requires { F::log_odds; }) sum.subtract_log1p(odds);
+          if constexpr (odds_too) keep(odds), sum.subtract_log1p(odds);
+          if constexpr (gain_too) keep(gain), sum.add_log1p(gain);
         }
-        for (int j = 0; Grad && j < F::inputs; ++j) {
+        for (int j = 0; Grad && j < N; ++j) {
           if (!(j == 0 ? static_cast<const void*>(here.dx) : here.dparam[j])) continue;
           for (V& v : grad[j]) {
             if constexpr (Short) {
@@ -116,23 +142,89 @@ inline double formula_tile(const Pointers<F, T, X, S>& t, int64_t n, const Vec<T
         }
       });
 
-  for (int j = 0; j < F::inputs; ++j)
-    if (unit_inputs >> j & 1 && !inside[j].all() &&
-        !(j == 0 ? in_unit(t.x, n, t.mask) : in_unit(t.param[j], n, t.mask)))
+  for_domains<F>([&](int j, auto domain) {
+    constexpr Domain d = decltype(domain)::value;
+    if (!std::get<Inside<V, d>>(inside[j]).all() &&
+        !(j == 0 ? all_in_domain<d>(t.x, n, t.mask) : all_in_domain<d>(t.param[j], n, t.mask)))
       outside |= 1u << j;
+  });
   return total;
 }
 
-// The work in units that any thread may do: as many short rows as fit a tile, or a row's chunk.
-struct Units {
-  bool together;
-  int64_t rows, per_row, count, elements;
-  explicit Units(const RowwiseArgs& a)
-      : together(a.cols > 0 && a.cols <= short_row),
-        rows(together ? tile / a.cols : 1),
-        per_row(chunks(a.cols)),
-        count(together ? (a.rows + rows - 1) / rows : a.rows * per_row),
-        elements(together ? rows * a.cols : std::min(a.cols, row_chunk)) {}
+// The tile's elements that eval leaves to eval_rare, packed: their values are added, to the sum
+// returned or to the elements', and their gradients written over eval's.
+template <class F, class T, bool Grad, bool Short>
+class RareLanes {
+  using V = Vec<T>;
+  static constexpr int N = rare_inputs<F>, W = V::size();
+
+ public:
+  double add(const Pointers<F, T, T, T>& t, int64_t n, const V* options, T scale) {
+    const double small = each<0>(t, pack(t, n, T(0), T(F::rare_limit)), options, scale);
+    return small + each<1>(t, pack(t, n, T(F::rare_limit), T(1.0 / 0.0)), options, scale);
+  }
+
+ private:
+  // Where low < x ≤ high: their places in `index`, their number is returned.
+  int64_t pack(const Pointers<F, T, T, T>& t, int64_t n, T low, T high) {
+    int64_t found = 0;
+    for_vectors<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+      const V x = V::loadu(t.x + i, count);  // 0 behind a partial vector
+      auto chosen = less(V(low), x) & less_equal(x, V(high));
+      if (t.mask) chosen = chosen & less(V(T(0)), V::loadu(t.mask + i, count));
+      uint32_t lanes = bits<V>(chosen);
+#if defined(CPU_CAPABILITY_AVX512)
+      if constexpr (sizeof(T) == 4) {
+        const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(i)), iota_);
+        _mm512_storeu_si512(index_ + found, _mm512_maskz_compress_epi32(chosen, at));
+        found += __builtin_popcount(lanes);
+        return;
+      }
+#endif
+      for (; lanes != 0; lanes &= lanes - 1)
+        index_[found++] = static_cast<int32_t>(i) + __builtin_ctz(lanes);
+    });
+    return found;
+  }
+
+  template <int kind>
+  double each(const Pointers<F, T, T, T>& t, int64_t count, const V* options, T scale) {
+    for (int j = 0; j < N; ++j) {
+      const T* from = j == 0 ? t.x : t.param[j];
+      for (int64_t i = 0; i < count; ++i) in_[j][i] = from[index_[i]];
+      // Whole vectors: 1 lies in every domain.
+      std::fill_n(in_[j] + count, (W - count % W) % W, T(1));
+    }
+    const double total = sum_vectors<T>(
+        count, [&](int64_t i, auto size, Sum<T>& sum) __attribute__((always_inline)) {
+          V in[N];
+          for (int j = 0; j < N; ++j) in[j] = V::loadu(in_[j] + i);
+          const auto r = F::template eval_rare<V, kind>(in, options);
+          if constexpr (Short) r.value.store(value_ + i);
+          V value = r.value;
+          if constexpr (std::is_same_v<decltype(size), int64_t>)
+            value = V::set(V(T(0)), value, size);
+          sum.add(value);
+          for (int j = 1; Grad && j < N; ++j) (V(scale) * r.grad[j]).store(in_[j] + i);
+        });
+    if constexpr (Short)
+      for (int64_t i = 0; i < count; ++i) t.value[index_[i]] += value_[i];
+    for (int j = 1; Grad && j < N; ++j) {
+      if (!t.dparam[j]) continue;
+      for (int64_t i = 0; i < count; ++i) {
+        T g = in_[j][i];
+        if constexpr (Short) g = t.factor[index_[i]] == T(0) ? T(0) : t.factor[index_[i]] * g;
+        t.dparam[j][index_[i]] = g;
+      }
+    }
+    return total;
+  }
+
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i iota_ = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+  int32_t index_[tile + 16];
+  alignas(64) T in_[N][tile + W], value_[Short ? tile + W : 1];
 };
 
 // X is how x and its gradient are read and written, S how the parameters and theirs: T, then staged
@@ -140,11 +232,12 @@ struct Units {
 template <class F, class T, class X, class S, bool Grad, bool Masked, bool Short>
 class RowTiles {
   using V = Vec<T>;
+  static constexpr int N = inputs_of<F>;
 
  public:
   unsigned outside = 0;
 
-  explicit RowTiles(const RowwiseArgs& args) : a(args), units(args) {
+  explicit RowTiles(const RowwiseArgs& args) : a(args), units(a.rows, a.cols, a.by_column) {
     for (int k = 0; k < max_options; ++k) options[k] = num<V>(a.options[k]);
     T weight(1);
     if (same_weight && a.weight.data) weight = *load_tile(a.weight, {0, 1, 0, 1}, &weight);
@@ -152,7 +245,7 @@ class RowTiles {
   }
 
   void range(int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) Short ? short_rows(unit) : chunk(unit);
+    for (int64_t unit = begin; unit < end; ++unit) Short ? short_rows(unit) : block(unit);
   }
 
  private:
@@ -160,32 +253,58 @@ class RowTiles {
     const int64_t row = unit * units.rows;
     const Tile t{row, std::min(units.rows, a.rows - row), 0, a.cols};
     const auto p = open(t);
-    formula_tile<F, T, X, S, Grad, Masked, Short>(p, t.size(), options, T(0), outside);
+    compute(p, t, T(0));
     close(t, p, [&](int j, const T* values) {
-      sum_rows(values, t.rows, t.cols, static_cast<T*>(a.sum[j]) + row);
+      if (j == 0 || !a.columns[j - 1])
+        return sum_rows(values, t.rows, t.cols, static_cast<T*>(a.sum[j]) + row);
+      double* sums = a.columns[j - 1] + unit * a.cols;
+      std::fill_n(sums, a.cols, 0.0);
+      for (int64_t r = 0; r < t.rows; ++r)
+        for (int64_t c = 0; c < a.cols; ++c) sums[c] += static_cast<double>(*values++);
     });
   }
 
-  void chunk(int64_t unit) {
-    const int64_t row = unit / units.per_row, first = unit % units.per_row * row_chunk;
-    const int64_t last = std::min(a.cols, first + row_chunk);
-    double scale = a.scale;
-    T weight{};
-    if (Grad && a.weight.data) scale *= *load_tile(a.weight, {row, 1, 0, 1}, &weight);
-    double sums[1 + max_inputs] = {};
-    for (int64_t col = first; col < last; col += tile) {
-      const Tile t{row, 1, col, std::min(tile, last - col)};
-      const auto p = open(t);
-      sums[0] += formula_tile<F, T, X, S, Grad, Masked, Short>(p, t.size(), options,
-                                                               static_cast<T>(scale), outside);
-      if (Grad && scale == 0) {  // not 0 · ∞: β may be 0 where the KL is infinite
-        if (p.dx) std::fill_n(p.dx, t.size(), X(0));
-        for (int j = 1; j < F::inputs; ++j)
-          if (p.dparam[j]) std::fill_n(p.dparam[j], t.size(), S(0));
+  // A chunk of one row, or the same columns of several.
+  void block(int64_t unit) {
+    const int64_t which = unit / units.per_row, part = unit % units.per_row;
+    const int64_t first = part * units.cols, last = std::min(a.cols, first + units.cols);
+    for (int j = 0; a.by_column && j < N; ++j)
+      if (a.columns[j]) std::fill_n(a.columns[j] + which * a.cols + first, last - first, 0.0);
+    const int64_t end = std::min(a.rows, (which + 1) * units.rows);
+    for (int64_t row = which * units.rows; row < end; ++row) {
+      double sums[1 + N] = {};
+      double scale = a.scale;
+      T weight{};
+      if (Grad && a.weight.data) scale *= *load_tile(a.weight, {row, 1, 0, 1}, &weight);
+      for (int64_t col = first; col < last; col += tile) {
+        const Tile t{row, 1, col, std::min(tile, last - col)};
+        const auto p = open(t);
+        sums[0] += compute(p, t, static_cast<T>(scale));
+        if (Grad && scale == 0) {  // not 0 · ∞: β may be 0 where the KL is infinite
+          if (p.dx) std::fill_n(p.dx, t.size(), X(0));
+          for (int j = 1; j < N; ++j)
+            if (p.dparam[j]) std::fill_n(p.dparam[j], t.size(), S(0));
+        }
+        close(t, p, [&](int j, const T* values) {
+          if (j == 0 || !a.columns[j - 1]) {
+            sums[j] += sum_of(values, t.size());
+          } else {
+            double* column = a.columns[j - 1] + which * a.cols + col;
+            for (int64_t i = 0; i < t.cols; ++i) column[i] += static_cast<double>(values[i]);
+          }
+        });
       }
-      close(t, p, [&](int j, const T* values) { sums[j] += sum_of(values, t.size()); });
+      for (int j = 0; j < 1 + N; ++j) put(j, row * units.per_row + part, sums[j]);
     }
-    for (int j = 0; j < 1 + F::inputs; ++j) put(j, unit, sums[j]);
+  }
+
+  double compute(const Pointers<F, T, X, S>& p, const Tile& t, T scale) {
+    // Of a block the next tile lies in the next row.
+    const int64_t next = a.by_column && !Short ? a.cols : ahead;
+    double sum =
+        formula_tile<F, T, X, S, Grad, Masked, Short>(p, t.size(), options, scale, next, outside);
+    if constexpr (rare_inputs<F> > 0) sum += rare.add(p, t.size(), options, Short ? T(1) : scale);
+    return sum;
   }
 
   // The tile's inputs and where its outputs go.
@@ -202,7 +321,7 @@ class RowTiles {
     }
     p.x = load_tile(a.in[0], t, x);
     if (Grad) p.dx = gradient(0, t, dx);
-    for (int j = 1; j < F::inputs; ++j) {
+    for (int j = 1; j < N; ++j) {
       p.param[j] = load_tile(a.in[j], t, param[j - 1]);
       if (Grad) p.dparam[j] = gradient(j, t, dparam[j - 1]);
     }
@@ -211,20 +330,21 @@ class RowTiles {
 
   template <class Z>
   Z* gradient(int j, const Tile& t, Z* buffer) {
-    if (a.sum[1 + j]) return buffer;
+    if (a.sum[1 + j] || a.columns[j]) return buffer;
     return a.grad[j].data ? output_tile(a.grad[j], t.row * a.cols + t.col, buffer) : nullptr;
   }
 
-  // Writes out what is staged; calls sum(j, values) for what is summed along the row.
+  // Writes out what is staged; calls sum(1 + j, values) for what is summed, and of short rows
+  // sum(0, values) for the value.
   template <class Sum>
   void close(const Tile& t, const Pointers<F, T, X, S>& p, Sum&& sum) {
     const int64_t start = t.row * a.cols + t.col, n = t.size();
     if constexpr (Short) sum(0, p.value);
     if (Grad && p.dx) store_tile(a.grad[0], start, n, p.dx);
-    for (int j = 1; Grad && j < F::inputs; ++j) {
+    for (int j = 1; Grad && j < N; ++j) {
       if (!p.dparam[j]) continue;
       if constexpr (std::is_same_v<S, T>)
-        if (a.sum[1 + j]) {
+        if (a.sum[1 + j] || a.columns[j]) {
           sum(1 + j, p.dparam[j]);
           continue;
         }
@@ -240,27 +360,30 @@ class RowTiles {
       static_cast<T*>(a.sum[j])[at] = static_cast<T>(sum);
   }
 
+  struct None {};
   const RowwiseArgs& a;
   const Units units;
   const bool same_weight = !a.weight.data || a.weight.row_stride == 0;  // for every row
   V options[max_options];
+  std::conditional_t<(rare_inputs<F> > 0), RareLanes<F, T, Grad, Short>, None> rare;
   alignas(64) X x[tile], dx[tile];
-  alignas(64) S param[F::inputs - 1][tile], dparam[F::inputs - 1][tile];
+  alignas(64) S param[N - 1][tile], dparam[N - 1][tile];
   alignas(64) T mask[tile], value[Short ? tile : 1], factor[Short ? tile : 1];
 };
 
 // Whether the parameters and their gradients are dense and of that dtype.
 template <class F>
 inline bool params_are(DType dtype, const RowwiseArgs& a) {
-  for (int j = 1; j < F::inputs; ++j)
+  for (int j = 1; j < inputs_of<F>; ++j)
     if (a.in[j].dtype != dtype || a.in[j].col_stride == 0 || a.sum[1 + j]) return false;
-  return true;
+  return !a.by_column;
 }
 
 template <class F, class T, class X, class S, bool Grad, bool Masked, bool Short>
 inline void rowwise_tiles(const RowwiseArgs& a) {
-  const Units units(a);
-  parallel_units(units.count, units.elements, [&](auto&& ranges) {
+  const Units units(a.rows, a.cols, a.by_column);
+  const int64_t elements = units.rows * std::min(a.cols, units.cols);
+  parallel_units(units.count, elements, [&](auto&& ranges) {
     RowTiles<F, T, X, S, Grad, Masked, Short> tiles(a);
     ranges([&](int64_t begin, int64_t end) { tiles.range(begin, end); });
     if (tiles.outside) __atomic_fetch_or(a.outside, tiles.outside, __ATOMIC_RELAXED);
@@ -276,9 +399,11 @@ inline void rowwise_stored(const RowwiseArgs& a) {
   rowwise_tiles<F, T, X, S, true, Masked, false>(a);
 }
 
-// The baseline has no instructions for bfloat16: there it is staged, like float16.
+// The baseline has no instructions for bfloat16: there it is staged, like float16; so it is where
+// arithmetic hides it.
+template <class F>
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
-constexpr bool bf16_in_place = true;
+constexpr bool bf16_in_place = rare_inputs<F> == 0;
 #else
 constexpr bool bf16_in_place = false;
 #endif
@@ -287,7 +412,7 @@ template <class F>
 inline void rowwise_formula(const RowwiseArgs& a) {
   using Half = c10::BFloat16;
   const bool masked = a.mask.data;
-  if (Units(a).together)
+  if (Units(a.rows, a.cols, a.by_column).together)
     a.use_double ? rowwise_tiles<F, double, double, double, true, false, true>(a)
                  : rowwise_tiles<F, float, float, float, true, false, true>(a);
   else if (a.use_double)
@@ -295,9 +420,9 @@ inline void rowwise_formula(const RowwiseArgs& a) {
            : rowwise_stored<F, double, double, double, false>(a);
   else if (masked)
     rowwise_stored<F, float, float, float, true>(a);
-  else if (!bf16_in_place || !params_are<F>(DType::bf16, a))
+  else if (!bf16_in_place<F> || !params_are<F>(DType::bf16, a))
     rowwise_stored<F, float, float, float, false>(a);
-  else if constexpr (bf16_in_place) {
+  else if constexpr (bf16_in_place<F>) {
     if (a.in[0].dtype == DType::bf16 && a.in[0].col_stride != 0)
       rowwise_stored<F, float, Half, Half, false>(a);
     else
@@ -306,7 +431,7 @@ inline void rowwise_formula(const RowwiseArgs& a) {
 }
 
 inline void rowwise(const RowwiseArgs& a) {
-  with_formula(a.family, [&](auto formula) { rowwise_formula<decltype(formula)>(a); });
+  with_formula(a.formula, [&](auto formula) { rowwise_formula<decltype(formula)>(a); });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -33,17 +33,16 @@ class Sum {
   FASTVAE_INLINE void add(const V& v) { sum_ = sum_ + v; }
   // Subtracts ln(1 + odds): 1 + odds multiplies a product, of which only what exceeds 1 is kept,
   // for then small odds lose nothing.
-  FASTVAE_INLINE void subtract_log1p(const V& odds) {
-    odds_ = fmadd(odds_, V(T(1)) + odds, odds);
-    any_odds_ = true;
-  }
+  FASTVAE_INLINE void subtract_log1p(const V& odds) { odds_.multiply(odds); }
+  FASTVAE_INLINE void add_log1p(const V& gain) { gain_.multiply(gain); }
   FASTVAE_INLINE void flush() {
     add_wide(sum_, wide_);
     sum_ = V(T(0));
   }
   FASTVAE_INLINE void flush_odds() {
-    if (any_odds_) add_wide(-log1p(odds_), wide_);
-    odds_ = V(T(0));
+    if (odds_.used) add_wide(-log1p(odds_.beyond_one), wide_);
+    if (gain_.used) add_wide(log1p(gain_.beyond_one), wide_);
+    odds_ = gain_ = {};
   }
   double total() const {
     F64 sum = wide_[0];
@@ -56,8 +55,16 @@ class Sum {
   }
 
  private:
-  V sum_{T(0)}, odds_{T(0)};
-  bool any_odds_ = false;  // known at compile time once the loop is inlined
+  struct Product {
+    V beyond_one{T(0)};
+    bool used = false;  // known at compile time once the loop is inlined
+    FASTVAE_INLINE void multiply(const V& beyond) {
+      beyond_one = fmadd(beyond_one, V(T(1)) + beyond, beyond);
+      used = true;
+    }
+  };
+  V sum_{T(0)};
+  Product odds_, gain_;
   F64 wide_[width / F64::size()];
 };
 

@@ -7,9 +7,6 @@
 namespace fastvae {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t tile = 1024;
-static_assert(row_chunk % tile == 0);
-
 template <class Fn>
 inline void with_dtype(DType dtype, Fn&& fn) {
   switch (dtype) {
@@ -23,6 +20,14 @@ inline void with_dtype(DType dtype, Fn&& fn) {
       return fn(c10::Half{});
     case DType::u8:
       return fn(uint8_t{});
+    case DType::i8:
+      return fn(int8_t{});
+    case DType::i16:
+      return fn(int16_t{});
+    case DType::i32:
+      return fn(int32_t{});
+    case DType::i64:
+      return fn(int64_t{});
   }
 }
 
@@ -47,7 +52,10 @@ inline void widen(const S* source, int64_t n, T* buffer) {
       v.store(buffer + i);
     }
   }
-  at::vec::convert<S, T>(source + i, buffer + i, n - i);
+  if constexpr (std::is_integral_v<S>)
+    for (; i < n; ++i) buffer[i] = static_cast<T>(source[i]);
+  else
+    at::vec::convert<S, T>(source + i, buffer + i, n - i);
 }
 
 // Columns [col, col + cols) of `rows` rows from `row` on, one behind the other. More than one row
@@ -114,7 +122,8 @@ inline void store_tile(const Output& y, int64_t start, int64_t n, const T* value
     if (y.dtype == dtype_of<T>) return;
     with_dtype(y.dtype, [&](auto s) {
       using S = decltype(s);
-      at::vec::convert<T, S>(values, static_cast<S*>(y.data) + start, n);
+      if constexpr (!std::is_integral_v<S>)  // no gradient is
+        at::vec::convert<T, S>(values, static_cast<S*>(y.data) + start, n);
     });
   }
 }

@@ -47,6 +47,11 @@ template <class V>
 FASTVAE_INLINE bool all(const Mask<V>& m) {
   return m == static_cast<Mask<V>>(-1);
 }
+// The lanes as bits.
+template <class V>
+FASTVAE_INLINE uint32_t bits(const Mask<V>& m) {
+  return m;
+}
 #else
 template <class V>
 using Mask = V;
@@ -75,7 +80,15 @@ template <class V>
 FASTVAE_INLINE bool all(const Mask<V>& m) {
   return m.zero_mask() == 0;
 }
+template <class V>
+FASTVAE_INLINE uint32_t bits(const Mask<V>& m) {
+  return ~static_cast<uint32_t>(m.zero_mask()) & ((1u << V::size()) - 1);
+}
 #endif
+template <class V>
+FASTVAE_INLINE bool any(const Mask<V>& m) {
+  return bits<V>(m) != 0;
+}
 FASTVAE_COMPARE(less, <, _CMP_LT_OQ)
 FASTVAE_COMPARE(less_equal, <=, _CMP_LE_OQ)
 FASTVAE_COMPARE(equal, ==, _CMP_EQ_OQ)
@@ -106,21 +119,44 @@ FASTVAE_INLINE void add_wide(const F32& v, F64 (&wide)[2]) {
 }
 FASTVAE_INLINE void add_wide(const F64& v, F64 (&wide)[1]) { wide[0] = wide[0] + v; }
 
-// Whether all that was added lies in [0, 1]. May say no to −0 as well: who gets a no looks again.
-template <class V>
-class InUnit {
+// Whether each lane lies in the domain; NaN does in `real` alone.
+template <Domain domain, class V>
+FASTVAE_INLINE Mask<V> in_domain(const V& x) {
+  const V zero = num<V>(0);
+  if constexpr (domain == Domain::unit)
+    return between(zero, x, num<V>(1));
+  else if constexpr (domain == Domain::nonnegative)
+    return less_equal(zero, x);
+  else if constexpr (domain == Domain::positive)
+    return less(zero, x);
+  else
+    return less_equal(zero, x) & equal(x, x.round()) &
+           less(x, num<V>(std::numeric_limits<double>::infinity()));
+}
+
+// Whether all that was added lies in the domain. May say no to −0 as well: who gets a no looks
+// again.
+template <class V, Domain domain>
+class Inside {
  public:
-  FASTVAE_INLINE void add(const V& x) { inside_ = inside_ & between(num<V>(0), x, num<V>(1)); }
+  FASTVAE_INLINE void add(const V& x) { inside_ = inside_ & in_domain<domain>(x); }
   FASTVAE_INLINE bool all() const { return fastvae::all<V>(inside_); }
 
  private:
   Mask<V> inside_ = equal(num<V>(0), num<V>(0));
 };
 
+template <class V>
+class Inside<V, Domain::real> {
+ public:
+  FASTVAE_INLINE void add(const V&) {}
+  FASTVAE_INLINE bool all() const { return true; }
+};
+
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 // Non-negative floats are ordered as their bits are; NaN and negative ones come behind, unsigned.
 template <>
-class InUnit<F32> {
+class Inside<F32, Domain::unit> {
  public:
 #if defined(CPU_CAPABILITY_AVX512)
   FASTVAE_INLINE void add(const F32& x) { most_ = _mm512_max_epu32(most_, _mm512_castps_si512(x)); }

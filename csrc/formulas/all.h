@@ -1,31 +1,57 @@
-// Every row formula. Include a vocabulary first: cpu/vec.h, cuda/math.h or aten_math.h.
+// Every row formula, in one list. Include the vocabulary, cpu/vec.h, first.
 #pragma once
+
+#include <string_view>
 
 #include "formula.h"
 #include "list.h"
 
 #include "bernoulli.h"
+#include "counts.h"
 #include "gaussian.h"
 #include "latent.h"
 
 namespace fastvae {
 
-// What the arrays of RowwiseArgs have room for.
-#define FASTVAE_FITS(F) static_assert(F::inputs <= max_inputs && F::options <= max_options, #F);
-FASTVAE_FORMULAS(FASTVAE_FITS)
-#undef FASTVAE_FITS
+template <class... F>
+struct List {
+  static constexpr int size = sizeof...(F);
+  static_assert(((inputs_of<F> <= max_inputs && F::options <= max_options) && ...),
+                "RowwiseArgs has no room for it");
+};
 
-// Calls f(Formula{}) for the formula that `family` names.
+// A new likelihood is one header, included above and named here.
+using Likelihoods = List<Bernoulli, BernoulliProbs, Gaussian, GaussianLogvar, Poisson, PoissonLog,
+                         NegativeBinomial, ZeroInflatedNegativeBinomial>;
+using Divergences = List<StandardKL, NormalKL>;
+
+// Calls f(index, Formula{}) for each.
+template <class... F, class Fn>
+constexpr void for_each_formula(List<F...>, Fn&& fn) {
+  int index = 0;
+  (fn(index++, F{}), ...);
+}
+
+template <class... A, class... B>
+List<A..., B...> joined(List<A...>, List<B...>);
+using Formulas = decltype(joined(Likelihoods{}, Divergences{}));
+
+// Its place in Formulas.
+template <class F>
+constexpr int index_of = [] {
+  int found = -1;
+  for_each_formula(Formulas{}, [&](int i, auto f) {
+    if (std::is_same_v<decltype(f), F>) found = i;
+  });
+  return found;
+}();
+
+// Calls f(Formula{}) for the one at that place.
 template <class Fn>
-inline auto with_formula(Family family, Fn&& fn) {
-  switch (family) {
-#define FASTVAE_CASE(F) \
-  case Family::F:       \
-    return fn(F{});
-    FASTVAE_FORMULAS(FASTVAE_CASE)
-#undef FASTVAE_CASE
-  }
-  __builtin_unreachable();
+inline void with_formula(int formula, Fn&& fn) {
+  for_each_formula(Formulas{}, [&](int i, auto f) {
+    if (i == formula) fn(f);
+  });
 }
 
 }  // namespace fastvae

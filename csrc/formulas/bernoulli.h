@@ -6,10 +6,8 @@ namespace fastvae {
 // ln p(x | l) = x ln σ(l) + (1 − x) ln σ(−l).  No term cancels at x = 0 or x = 1, for any logit.
 struct Bernoulli {
   static constexpr const char* name = "bernoulli";
-  static constexpr int inputs = 2;
   static constexpr int options = 0;
-  static constexpr const char* input_names[] = {"x", "logits"};
-  static constexpr Domain domain[] = {Domain::unit, Domain::real};
+  static constexpr Input inputs[] = {{"x", Domain::unit}, {"logits"}};
   static constexpr bool log_odds = true;
 
   template <class V>
@@ -24,10 +22,8 @@ struct Bernoulli {
 // there).
 struct BernoulliProbs {
   static constexpr const char* name = "bernoulli_probs";
-  static constexpr int inputs = 2;
   static constexpr int options = 1;
-  static constexpr const char* input_names[] = {"x", "probs"};
-  static constexpr Domain domain[] = {Domain::unit, Domain::unit};
+  static constexpr Input inputs[] = {{"x", Domain::unit}, {"probs", Domain::unit}};
 
   template <class V>
   static FASTVAE_INLINE Result<V, 2> eval(const V (&in)[2], const V* opt) {

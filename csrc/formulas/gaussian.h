@@ -6,10 +6,8 @@ namespace fastvae {
 // ln p(x | m) = c − ½ w (x − m)², with w = options[0] = 1/scale² and c = options[1].
 struct Gaussian {
   static constexpr const char* name = "gaussian";
-  static constexpr int inputs = 2;
   static constexpr int options = 2;
-  static constexpr const char* input_names[] = {"x", "mean"};
-  static constexpr Domain domain[] = {Domain::real, Domain::real};
+  static constexpr Input inputs[] = {{"x"}, {"mean"}};
 
   template <class V>
   static FASTVAE_INLINE Result<V, 2> eval(const V (&in)[2], const V* opt) {
@@ -22,10 +20,8 @@ struct Gaussian {
 // before it is squared: (x − m)² e^−lv is 0 · ∞ long before the answer is infinite.
 struct GaussianLogvar {
   static constexpr const char* name = "gaussian_logvar";
-  static constexpr int inputs = 3;
   static constexpr int options = 1;
-  static constexpr const char* input_names[] = {"x", "mean", "logvar"};
-  static constexpr Domain domain[] = {Domain::real, Domain::real, Domain::real};
+  static constexpr Input inputs[] = {{"x"}, {"mean"}, {"logvar"}};
 
   template <class V>
   static FASTVAE_INLINE Result<V, 3> eval(const V (&in)[3], const V* opt) {

@@ -8,10 +8,8 @@ namespace fastvae {
 // appendix B).
 struct StandardKL {
   static constexpr const char* name = "standard_kl";
-  static constexpr int inputs = 2;
   static constexpr int options = 0;
-  static constexpr const char* input_names[] = {"mu", "logvar"};
-  static constexpr Domain domain[] = {Domain::real, Domain::real};
+  static constexpr Input inputs[] = {{"mu"}, {"logvar"}};
 
   template <class V>
   static FASTVAE_INLINE Result<V, 2> eval(const V (&in)[2], const V*) {
@@ -25,10 +23,8 @@ struct StandardKL {
 // is squared.
 struct NormalKL {
   static constexpr const char* name = "normal_kl";
-  static constexpr int inputs = 4;
   static constexpr int options = 0;
-  static constexpr const char* input_names[] = {"mu", "logvar", "prior mu", "prior logvar"};
-  static constexpr Domain domain[] = {Domain::real, Domain::real, Domain::real, Domain::real};
+  static constexpr Input inputs[] = {{"mu"}, {"logvar"}, {"prior mu"}, {"prior logvar"}};
 
   template <class V>
   static FASTVAE_INLINE Result<V, 4> eval(const V (&in)[4], const V*) {

@@ -77,11 +77,6 @@ class Ops(Protocol):
     ) -> None: ...
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What values of this dtype are computed in: float64 stays, everything else is float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def in_transform() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp, …) is active."""
     functorch = torch._C._functorch

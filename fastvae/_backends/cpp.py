@@ -13,10 +13,10 @@ from fastvae._backends._common import (
     Beta,
     Prior,
     Terms,
-    compute_dtype,
     in_transform,
     minor,
 )
+from fastvae._composite import compute_dtype
 from fastvae._math import times_beta
 from fastvae.likelihoods import Likelihood
 

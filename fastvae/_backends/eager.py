@@ -8,16 +8,10 @@ import math
 import torch
 from torch import Tensor
 
+from fastvae import _composite
 from fastvae._backends import _common
-from fastvae._backends._common import (
-    Backend,
-    Beta,
-    Prior,
-    Terms,
-    compute_dtype,
-    readable,
-)
-from fastvae._math import half_phi, half_square, times_beta, times_sigma
+from fastvae._backends._common import Backend, Beta, Prior, Terms, readable
+from fastvae._math import times_beta
 from fastvae.likelihoods import Likelihood
 
 draw_seed = _common.draw_seed
@@ -87,13 +81,10 @@ def rsample(
     sample_offset: int,
     sample_index: Tensor | None,
 ) -> Tensor:
-    dtype = compute_dtype(mu.dtype)
     if sample_index is not None:
         _check_index(sample_index, 2**63 // (num_samples or 1) // max(mu.shape[1:].numel(), 1))
-    eps = _noise(seed, mu.shape, num_samples or 1, sample_offset, sample_index).to(dtype)
-    if num_samples is None:
-        eps = eps.squeeze(0)
-    return (mu.to(dtype) + times_sigma(eps, logvar.to(dtype))).to(mu.dtype)
+    eps = _noise(seed, mu.shape, num_samples or 1, sample_offset, sample_index)
+    return _composite.sample(mu, logvar, eps.squeeze(0) if num_samples is None else eps)
 
 
 def rsample_kl(
@@ -109,23 +100,39 @@ def rsample_kl(
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
-    dtype = compute_dtype(mu.dtype)
-    mu, logvar = mu.to(dtype), logvar.to(dtype)
     if prior is None:
-        kl = 0.5 * mu * mu + half_phi(logvar)
-    else:
-        prior_mu, prior_logvar = (t.to(dtype) for t in prior)
-        kl = half_phi(logvar - prior_logvar) + half_square(mu - prior_mu, prior_logvar)
-    return kl.flatten(1).sum(1) if kl.dim() > 1 else kl
+        return _composite.rows((mu, logvar), "standard_kl", ())
+    return _composite.rows((mu, logvar, *prior), "normal_kl", ())
 
 
-def _check_unit(name: str, t: Tensor, family: str) -> None:
-    if not readable(t) or bool(((t >= 0) & (t <= 1)).all()):
+def _check_domain(name: str, t: Tensor, domain: str, family: str) -> None:
+    """As csrc/rowwise.cpp has it."""
+    inside = {
+        "unit": lambda: (t >= 0) & (t <= 1),
+        "nonnegative": lambda: t >= 0,
+        "positive": lambda: t > 0,
+        "count": lambda: (t >= 0) & (t == t.round()) & t.isfinite(),
+    }
+    words = {
+        "unit": "lie in [0, 1]",
+        "nonnegative": "be at least 0",
+        "positive": "be above 0",
+        "count": "hold counts (0, 1, 2, …)",
+    }
+    if not t.is_floating_point():  # whole as it is
+        t = t.double()
+    if not readable(t) or bool(inside[domain]().all()):
         return
     low, high = t.min().item(), t.max().item()
-    came = f"values in [{low}, {high}]{_way_into_unit(low, high, name == 'x')}"
-    came = "NaN" if low != low else came
-    raise ValueError(f"{name} must lie in [0, 1] for {family}, got {came}")
+    came = f"values in [{low}, {high}]"
+    if low != low:
+        came = "NaN"
+    elif domain == "unit":
+        came += _way_into_unit(low, high, name == "x")
+    elif domain == "count" and low >= 0 and high < math.inf:
+        part = t[t != t.round()][0].item()
+        came = f"{part}: of normalized or logarithmic expression take the raw counts"
+    raise ValueError(f"{name} must {words[domain]} for {family}, got {came}")
 
 
 def _way_into_unit(low: float, high: float, data: bool) -> str:
@@ -145,22 +152,13 @@ def _way_into_unit(low: float, high: float, data: bool) -> str:
 def log_likelihood(
     x: Tensor, params: tuple[Tensor, ...], likelihood: Likelihood, mask: Tensor | None
 ) -> Tensor:
-    event_dims = x.dim() - 1
-    full = params[0].shape
-    dtype = compute_dtype(params[0].dtype)
-    x, params = x.to(dtype), tuple(p.to(dtype) for p in params)
-    if mask is not None:  # zero lies in every domain; a NaN left out must not reach the gradient
-        x = torch.where(mask, x, 0)
-        params = tuple(torch.where(mask, p, 0) if p.shape == full else p for p in params)
-    if likelihood.x_unit:
-        _check_unit("x", x, likelihood.family)
-    if likelihood.params_unit:
-        for name, p in zip(likelihood.param_names, params, strict=True):
-            _check_unit(name, p, likelihood.family)
-    value = likelihood.log_prob(x, *params)
-    if mask is not None:
-        value = torch.where(mask, value, 0)
-    return value.flatten(-event_dims).sum(-1) if event_dims else value
+    for name, t in zip(("x", *likelihood.formula_names), (x, *params), strict=True):
+        if (domain := likelihood.domains.get(name)) is not None:
+            if mask is not None and readable(mask):
+                t, kept = torch.broadcast_tensors(t, mask)
+                t = t[kept]
+            _check_domain(name, t, domain, likelihood.family)
+    return _composite.rows((x, *params), likelihood.family, likelihood.options, mask)
 
 
 def elbo(

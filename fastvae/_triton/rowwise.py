@@ -64,7 +64,7 @@ def rowwise_kernel(
     weight,  # multiplies the row's gradients, as scale does
     weight_stride,
     scale,
-    constants,
+    options,
     grads,  # one pointer per input: dense, or sums along the row [rows, splits]; or None
     value,  # [rows, splits]
     rows,
@@ -89,8 +89,8 @@ def rowwise_kernel(
     n: tl.constexpr = len(inputs)
 
     fixed = ()
-    for k in tl.static_range(len(constants)):
-        fixed = fixed + (number(constants[k], COMPUTE),)
+    for k in tl.static_range(len(options)):
+        fixed = fixed + (number(options[k], COMPUTE),)
     factor = number(scale, COMPUTE)
     if weight is not None:
         of_row = weight + row_of(row, batch, BATCHED[n + 1]) * weight_stride
@@ -150,7 +150,7 @@ def rowwise(
     inputs: Sequence[Tensor],  # [period, cols] views; a column stride of 0: one value a row
     mask: Tensor | None,  # uint8, likewise
     weight: Tensor | None,  # likewise
-    constants: Sequence[float],
+    options: Sequence[float],
     scale: float,
     batch: int,
     value: Tensor,  # [rows]
@@ -188,7 +188,7 @@ def rowwise(
         weight,
         0 if weight is None else weight.stride(0),
         constant(scale, value.dtype),
-        tuple(constant(c, value.dtype) for c in constants),
+        tuple(constant(c, value.dtype) for c in options),
         outs,
         sums,
         rows,

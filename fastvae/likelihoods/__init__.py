@@ -4,16 +4,36 @@ from collections.abc import Callable
 
 from fastvae.likelihoods._base import Likelihood
 from fastvae.likelihoods.bernoulli import Bernoulli, BernoulliProbs
-from fastvae.likelihoods.gaussian import Gaussian, gaussian_logvar
+from fastvae.likelihoods.counts import (
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+    poisson_log_rate,
+)
+from fastvae.likelihoods.gaussian import Gaussian, gaussian_per_element
 
-__all__ = ["Bernoulli", "BernoulliProbs", "Gaussian", "Likelihood", "get", "registry"]
+__all__ = [
+    "Bernoulli",
+    "BernoulliProbs",
+    "Gaussian",
+    "Likelihood",
+    "NegativeBinomial",
+    "Poisson",
+    "ZeroInflatedNegativeBinomial",
+    "get",
+    "registry",
+]
 
 #: Family name → how to make it with its defaults. Tests and benchmarks go through this table.
 registry: dict[str, Callable[[], Likelihood]] = {
     "bernoulli": Bernoulli,
     "bernoulli_probs": BernoulliProbs,
     "gaussian": Gaussian,
-    "gaussian_logvar": gaussian_logvar,
+    "gaussian_logvar": gaussian_per_element,
+    "poisson": Poisson,
+    "poisson_log": poisson_log_rate,
+    "negative_binomial": NegativeBinomial,
+    "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
 }
 
 

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -29,32 +29,46 @@ def refuse_tracked(name: str, parameter: Tensor) -> None:
         )
 
 
+#: A formula by the name that csrc/formulas/ gives it, in differentiable PyTorch: (options, x,
+#: *params) -> ln p per element, in nats; its tensors are float32 or float64. What eager runs, and
+#: what double backward and torch.func see of the kernels.
+Formula = Callable[..., Tensor]
+formulas: dict[str, Formula] = {}
+
+
+def formula(function: Formula) -> Formula:
+    """Gives it to the table under its own name."""
+    formulas[function.__name__] = function
+    return function
+
+
 class Likelihood(nn.Module):
     """A reconstruction likelihood p(x | parameters), factorized over elements.
 
-    A family is one subclass beside its formula in ``csrc/formulas/``. It says which parameters the
-    decoder gives, which options the formula takes, and writes the formula once more in plain
-    PyTorch for the eager backend.
+    A family is one subclass beside its formula in ``csrc/formulas/``, and that formula once more in
+    plain PyTorch (`formula`). It says which parameters the decoder gives, and makes of them those
+    that the formula takes.
     """
 
     family: str  # the formula's name in every backend
     param_names: tuple[str, ...]  # what `recon` holds, in order
-    own_param_names: tuple[str, ...] = ()  # what the likelihood adds to it
-    x_unit: ClassVar[bool] = False  # x must lie in [0, 1]
-    params_unit: ClassVar[bool] = False  # so must the parameters
+    formula_names: tuple[str, ...]  # what the formula takes; `param_names` where it is left out
+    #: Of x and the formula's parameters, those that may not be any number.
+    domains: ClassVar[dict[str, str]] = {}
 
     @property
     def options(self) -> Sequence[float]:
         """Constants of the formula, in its order."""
         return ()
 
-    def params(self, recon: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def params(self, recon: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
         """The formula's parameters: the decoder's, and those the likelihood itself holds."""
         return recon
 
     def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
-        """ln p per element (nats), in differentiable PyTorch; float32 or float64."""
-        raise NotImplementedError
+        """ln p per element (nats), in differentiable PyTorch, of the formula's parameters; float32
+        or float64."""
+        return formulas[self.family](self.options, x, *params)
 
     def sample_inputs(
         self, shape: Sequence[int], generator: torch.Generator | None = None

@@ -1,13 +1,38 @@
 """Bernoulli likelihoods; targets anywhere in [0, 1]. Formulas: csrc/formulas/bernoulli.h."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastvae.likelihoods._base import Likelihood, number
+from fastvae.likelihoods._base import Likelihood, formula, number
+
+
+@formula
+def bernoulli(options: Sequence[float], x: Tensor, logits: Tensor) -> Tensor:
+    """ln p(x | l) = x ln σ(l) + (1 − x) ln σ(−l)"""
+    return x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits)
+
+
+@formula
+def bernoulli_probs(options: Sequence[float], x: Tensor, p: Tensor) -> Tensor:
+    """ln p(x | p) = x max(ln p, m) + (1 − x) max(ln(1 − p), m).
+
+    With BCELoss's derivatives, which see no clamp, and p (1 − p) no smaller than 1e-12. To every
+    order: where that floor acts the logarithms' derivative is that of a parabola, moved
+    onto the value.
+    """
+    (log_min,) = options
+    inside = p * (1 - p) >= 1e-12
+    safe = torch.where(inside, p, 0.5)
+    log_p = torch.where(inside, safe.log(), 1e12 * (p - 0.5 * p * p))
+    log_q = torch.where(inside, torch.log1p(-safe), -0.5e12 * p * p)
+    fixed = p.detach()
+    log_p = fixed.log().clamp_min(log_min) + (log_p - log_p.detach())
+    log_q = torch.log1p(-fixed).clamp_min(log_min) + (log_q - log_q.detach())
+    return x * log_p + (1 - x) * log_q
 
 
 class Bernoulli(Likelihood):
@@ -18,44 +43,14 @@ class Bernoulli(Likelihood):
     """
 
     family = "bernoulli"
-    param_names = ("logits",)
-    x_unit = True
-
-    def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
-        (logits,) = params
-        return x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits)
+    param_names = formula_names = ("logits",)
+    domains: ClassVar[dict[str, str]] = {"x": "unit"}
 
     def sample_inputs(
         self, shape: Sequence[int], generator: torch.Generator | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x = torch.rand(*shape, generator=generator)
         return x, (3 * torch.randn(*shape, generator=generator),)
-
-
-class _ClampedLogs(torch.autograd.Function):
-    """max(ln p, m) and max(ln(1 − p), m), with BCELoss's gradient: its floor of 1e-12, no clamp."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(p: Tensor, log_min: float) -> tuple[Tensor, Tensor]:
-        return p.log().clamp_min(log_min), (-p).log1p().clamp_min(log_min)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (p,) = ctx.saved_tensors
-        return (grads[0] * (1 - p) - grads[1] * p) / (p * (1 - p)).clamp_min(1e-12), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        (p,) = ctx.saved_tensors
-        scaled = tangents[0] / (p * (1 - p)).clamp_min(1e-12)
-        return scaled * (1 - p), -scaled * p
 
 
 class BernoulliProbs(Likelihood):
@@ -70,9 +65,8 @@ class BernoulliProbs(Likelihood):
     """
 
     family = "bernoulli_probs"
-    param_names = ("probs",)
-    x_unit = True
-    params_unit = True
+    param_names = formula_names = ("probs",)
+    domains: ClassVar[dict[str, str]] = {"x": "unit", "probs": "unit"}
 
     def __init__(self, log_min: float = -100.0) -> None:
         super().__init__()
@@ -83,12 +77,6 @@ class BernoulliProbs(Likelihood):
     @property
     def options(self) -> Sequence[float]:
         return (self.log_min,)
-
-    def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
-        (p,) = params
-        log_p, log_q = _ClampedLogs.apply(p, self.log_min)
-        value: Tensor = x * log_p + (1 - x) * log_q
-        return value
 
     def sample_inputs(
         self, shape: Sequence[int], generator: torch.Generator | None = None

@@ -8,9 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._math import half_square
-from fastvae.likelihoods._base import Likelihood, number, refuse_tracked
+from fastvae.likelihoods._base import Likelihood, formula, number, refuse_tracked
 
 _HALF_LN_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@formula
+def gaussian(options: Sequence[float], x: Tensor, mean: Tensor) -> Tensor:
+    """ln p(x | m) = c − ½ w (x − m)², w = 1/scale²"""
+    precision, constant = options
+    d = x - mean
+    return constant - 0.5 * (precision * d) * d  # d² may be no number where this is
+
+
+@formula
+def gaussian_logvar(options: Sequence[float], x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    """ln p(x | m, lv) = −½ (lv + (x − m)² e^−lv) + c"""
+    return -0.5 * logvar - half_square(x - mean, logvar) + options[0]
 
 
 class Gaussian(Likelihood):
@@ -47,7 +61,7 @@ class Gaussian(Likelihood):
             raise ValueError(f"scale must be in [1e-18, 1e18], got {scale}")
         self.normalized = normalized
         self.family = "gaussian" if logvar is None else "gaussian_logvar"
-        self.param_names = ("mean",)
+        self.param_names = self.formula_names = ("mean",)
         self.learned = isinstance(logvar, str) and logvar == "learned"
         self.logvar: Tensor | None = None
         if isinstance(logvar, nn.Parameter):
@@ -61,13 +75,13 @@ class Gaussian(Likelihood):
             self.logvar = nn.Parameter(torch.empty(1))  # FSDP2 shards no scalars
             self.reset_parameters()
         elif logvar == "per_element":
-            self.param_names = ("mean", "logvar")
+            self.param_names = self.formula_names = ("mean", "logvar")
         elif logvar is not None:
             raise ValueError(f"logvar must be 'learned', 'per_element' or a tensor, got {logvar!r}")
         if self.logvar is not None:
             if not self.logvar.is_floating_point():
                 raise TypeError(f"logvar must be a floating tensor, got {self.logvar.dtype}")
-            self.own_param_names = ("logvar",)
+            self.formula_names = ("mean", "logvar")
 
     def reset_parameters(self) -> None:
         """Sets a learned log-variance to its start, 0: after the meta device and ``to_empty``."""
@@ -81,19 +95,11 @@ class Gaussian(Likelihood):
         constant = -math.log(self.scale) - _HALF_LN_2PI if self.normalized else 0.0
         return (self.scale**-2, constant)
 
-    def params(self, recon: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def params(self, recon: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
         if self.logvar is None:
             return recon
         refuse_tracked("logvar", self.logvar)
         return (*recon, self.logvar)
-
-    def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
-        if self.family == "gaussian_logvar":
-            mean, logvar = params
-            return -0.5 * logvar - half_square(x - mean, logvar) - _HALF_LN_2PI
-        precision, constant = self.options
-        d = x - params[0]
-        return constant - 0.5 * (precision * d) * d  # d² may be no number where this is
 
     def sample_inputs(
         self, shape: Sequence[int], generator: torch.Generator | None = None
@@ -109,6 +115,6 @@ class Gaussian(Likelihood):
         )
 
 
-def gaussian_logvar() -> Gaussian:
+def gaussian_per_element() -> Gaussian:
     """The family by its name: mean and log-variance both from the decoder."""
     return Gaussian(logvar="per_element")

@@ -1,10 +1,16 @@
 """Every row formula, by the name that csrc/formulas/ gives it.
 
-A formula takes (inputs, constants), both tuples, and returns the value per element and a tuple of
+A formula takes (inputs, options), both tuples, and returns the value per element and a tuple of
 its derivatives, one per input.
 """
 
 from fastvae._triton.formulas.bernoulli import bernoulli, bernoulli_probs
+from fastvae._triton.formulas.counts import (
+    negative_binomial,
+    poisson,
+    poisson_log,
+    zero_inflated_negative_binomial,
+)
 from fastvae._triton.formulas.gaussian import gaussian, gaussian_logvar
 from fastvae._triton.formulas.latent import normal_kl, standard_kl
 
@@ -13,5 +19,9 @@ likelihoods = {
     "bernoulli_probs": bernoulli_probs,
     "gaussian": gaussian,
     "gaussian_logvar": gaussian_logvar,
+    "poisson": poisson,
+    "poisson_log": poisson_log,
+    "negative_binomial": negative_binomial,
+    "zero_inflated_negative_binomial": zero_inflated_negative_binomial,
 }
 formulas = {**likelihoods, "standard_kl": standard_kl, "normal_kl": normal_kl}

@@ -7,20 +7,20 @@ from fastvae._triton.math import exp_factor, times
 
 
 @triton.jit
-def gaussian(inputs, constants):
+def gaussian(inputs, options):
     """ln p(x | m) = c − ½ w (x − m)², w = 1/scale²."""
     x, mean = inputs
-    w, c = constants
+    w, c = options
     d = x - mean
     wd = w * d
     return c - 0.5 * wd * d, (-wd, wd)
 
 
 @triton.jit
-def gaussian_logvar(inputs, constants):
+def gaussian_logvar(inputs, options):
     """ln p(x | m, lv) = −½ (lv + (x − m)² e^−lv) + c; scaled before it is squared."""
     x, mean, logvar = inputs
-    (c,) = constants
+    (c,) = options
     precision = exp_factor(-0.5 * logvar)  # 1/σ
     u = times(x - mean, precision)
     g = times(u, precision)

@@ -7,7 +7,7 @@ from fastvae._triton.math import exp_factor, half_phi_expm1, times
 
 
 @triton.jit
-def standard_kl(inputs, constants):
+def standard_kl(inputs, options):
     """KL(N(μ, e^lv) ‖ N(0, 1)) = ½ (μ² + φ(lv)), φ(lv) = expm1(lv) − lv."""
     mu, logvar = inputs
     half_phi, half_expm1 = half_phi_expm1(logvar)
@@ -15,7 +15,7 @@ def standard_kl(inputs, constants):
 
 
 @triton.jit
-def normal_kl(inputs, constants):
+def normal_kl(inputs, options):
     """KL(N(μ, e^lv) ‖ N(μp, e^lvp)) = ½ (φ(lv − lvp) + (μ − μp)² e^−lvp), the distance scaled
     before it is squared."""
     mu, logvar, prior_mu, prior_logvar = inputs
