@@ -1,6 +1,7 @@
 # make demo   set up and train a VAE on handwritten digits     make check  lint, format, types
 # make test   set up and pass the tests                        make bench  time it against peers
-# make docs   build the site into build/site                   make test-range TORCH=2.10.0   with another torch
+# make test-all   the products and other libraries too         make test-range TORCH=2.10.0   with another torch
+# make docs   build the site into build/site
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
@@ -8,12 +9,16 @@ export PATH := $(BIN):$(PATH)
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-range check-floor check bench bench-gpu gpu docs format clean
+.PHONY: demo test test-all test-range check-floor check bench bench-gpu gpu docs format clean
 demo: $(VENV)/built
 	python examples/digits.py
 
-test: $(VENV)/built $(VENV)/triton-3.6.0 $(VENV)/others
-	OLDEST_TRITON=$(abspath $(VENV))/triton-3.6.0 python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := python -m pytest --numprocesses 2 --dist loadfile
+test: $(VENV)/built
+	$(PYTEST)
+
+test-all: test $(VENV)/triton-3.6.0 $(VENV)/others
+	OLDEST_TRITON=$(abspath $(VENV))/triton-3.6.0 $(PYTEST) --products rest
 
 # The core tests of the source archive with any torch and Python, in an environment of their own. Left out are Triton's
 # interpreter and what only the documentation and other libraries need. Gigabytes: torch's default build is for CUDA.
@@ -28,7 +33,7 @@ test-range:
 	$(RANGE)/bin/python setup.py --quiet sdist --dist-dir $(RANGE)
 	tar xzf $(RANGE)/fastvae-*.tar.gz --strip-components 1 --directory $(RANGE)/source
 	cd $(RANGE)/source && ../bin/python setup.py --quiet build_ext --inplace
-	cd $(RANGE)/source && ../bin/python -m pytest --numprocesses 2 --dist loadfile -k "not triton" \
+	cd $(RANGE)/source && ../bin/python -m pytest --numprocesses 2 --dist loadfile --products all -k "not triton" \
 	  $(foreach t,aot benchmarks_gpu demo docs examples integrations,--ignore tests/test_$(t).py)
 
 check-floor:  # every source against the oldest torch's headers; its wheel has 0.9 GB

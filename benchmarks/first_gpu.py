@@ -126,7 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep = 60 * BENCHMARKS
     if stage("build", "setup.py", "build_ext", "--inplace", keep=keep) != 0:
         return 1
-    tests = ["-m", "pytest", "-m", "gpu", "-q", "--tb=short", "--durations=15", "tests"]
+    tests = [
+        "-m",
+        "pytest",
+        "--products",
+        "all",
+        "-m",
+        "gpu",
+        "-q",
+        "--tb=short",
+        "--durations=15",
+        "tests",
+    ]
     # pytest-benchmark, which no test uses, refuses to be configured beside xdist.
     tests += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     if options.rehearse:

@@ -56,6 +56,50 @@ def gaussian_logvar(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     return (-0.5 * ((x - mean).pow(2) / logvar.exp() + logvar + LN_2PI)).sum(1)
 
 
+def poisson(x: Tensor, mean: Tensor) -> Tensor:
+    return torch.distributions.Poisson(mean, validate_args=False).log_prob(x).sum(1)
+
+
+def negative_binomial(x: Tensor, mean: Tensor, dispersion: Tensor, eps: float = 1e-8) -> Tensor:
+    """As single-cell packages write it."""
+    log_total = torch.log(dispersion + mean + eps)
+    terms = (
+        dispersion * (torch.log(dispersion + eps) - log_total)
+        + x * (torch.log(mean + eps) - log_total)
+        + torch.lgamma(x + dispersion)
+        - torch.lgamma(dispersion)
+        - torch.lgamma(x + 1)
+    )
+    return terms.sum(1)
+
+
+def zero_inflated_negative_binomial(
+    x: Tensor, mean: Tensor, dispersion: Tensor, zero_logits: Tensor, eps: float = 1e-8
+) -> Tensor:
+    norm = F.softplus(-zero_logits)
+    log_theta, log_total = torch.log(dispersion + eps), torch.log(dispersion + mean + eps)
+    at_zero = -zero_logits + dispersion * (log_theta - log_total)
+    zero = (x < eps).to(x.dtype) * (F.softplus(at_zero) - norm)
+    other = (
+        at_zero
+        - norm
+        + x * (torch.log(mean + eps) - log_total)
+        + torch.lgamma(x + dispersion)
+        - torch.lgamma(dispersion)
+        - torch.lgamma(x + 1)
+    )
+    return (zero + (x > eps).to(x.dtype) * other).sum(1)
+
+
 LOG_LIKELIHOODS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (bernoulli, bernoulli_probs, gaussian, gaussian_logvar)
+    f.__name__: f
+    for f in (
+        bernoulli,
+        bernoulli_probs,
+        gaussian,
+        gaussian_logvar,
+        poisson,
+        negative_binomial,
+        zero_inflated_negative_binomial,
+    )
 }

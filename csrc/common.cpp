@@ -133,7 +133,7 @@ RowOperand as_rows(const Tensor& t, int64_t lead, bool can_step) {
   }
   r.operand.data = r.storage.const_data_ptr();
   r.operand.dtype = dtype_of(t);
-  r.operand.row_stride = *stride;
+  r.operand.row_stride = rows == 1 ? 0 : *stride;  // every row is it
   r.operand.col_stride = *step;
   r.operand.period = std::max<int64_t>(1, rows);
   return r;

@@ -209,7 +209,7 @@ RECON = [
     bad(EITHER, r"logvar.*(sparse|layout|dense|strided)",
         likelihood=partial(Gaussian, logvar=odd("sparse", full(5)))),
     *(bad(V, "likelihood.*bernoulli.*bernoulli_probs.*gaussian.*gaussian_logvar.*" + repr(n),
-          likelihood=n) for n in ("poisson", "", "Bernoulli", "bernoulli ")),
+          likelihood=n) for n in ("student_t", "", "Bernoulli", "bernoulli ")),
     bad(T, r"likelihood.*NoneType", likelihood=None),
     bad(T, r"likelihood.*type", likelihood=Bernoulli),
     bad(T, r"likelihood.*int", likelihood=3),
@@ -360,7 +360,7 @@ MADE = {
         *(bad(EITHER, "log_min", log_min=m) for m in (-(10**400), False)),
     ],
     "ELBOLoss": [
-        bad(V, "likelihood.*bernoulli.*poisson", likelihood="poisson"),
+        bad(V, "likelihood.*bernoulli.*student_t", likelihood="student_t"),
         bad(T, "likelihood.*NoneType", likelihood=None),
         bad(T, "likelihood.*type", likelihood=Gaussian),
         *(bad(V, "reduction.*mean.*sum.*none", reduction=r) for r in ("avg", None, 1)),

@@ -49,7 +49,7 @@ RAW_GOOD: dict[str, dict[str, Any]] = {
     "rsample_backward": {"grad_z": MU, "grad_kl": full(4), **LATENTS, **Z},
     "kl_divergence": {**LATENTS, **NO_PRIOR},
     "log_likelihood": FAMILY,
-    "row_forward": {**FAMILY, "weight": full(4), "scale": 1.0, "needs": [True] * 4},
+    "row_forward": {**FAMILY, "weight": full(4), "scale": 1.0, "needs": [True] * 5},
     "elbo": {**FAMILY, "kl": full(4), "weight": full(4), "beta": 1.0, "reduction": "mean"},
     "elbo_reduce": {
         "log_likelihood": full(2, 4), "kl": full(4), "weight": full(4), "beta": 1.0,
@@ -108,7 +108,7 @@ RAW_DATA = [
     *(bad(V, rf"bernoulli.*1 param.*{n}", params=[X] * n) for n in (2, 3)),
     bad(V, r"gaussian_logvar.*2 param.*1", family="gaussian_logvar", options=[0.0]),
     *(bad(V, r"logvar.*" + re.escape(str(list(s))), params=[X, full(*s)], family="gaussian_logvar",
-          options=[0.0]) for s in ((4,), (5,), (1, 5), (3, 1), (2, 4, 5), (1, 1, 1))),
+          options=[0.0]) for s in ((4,), (5,), (2, 5), (3, 1), (2, 4, 5), (1, 1, 1))),
     *(bad(V, "likelihood.*bernoulli.*gaussian_logvar", family=n) for n in ("x", "", "normal_kl")),
     bad(V, r"bernoulli.*0 options.*1", options=[1.0]),
     bad(V, r"gaussian.*2 options.*0", family="gaussian"),
@@ -164,7 +164,7 @@ RAW: dict[str, list[Bad]] = {
     "row_forward": [
         *RAW_DATA,
         *RAW_WEIGHT,
-        *(bad(RuntimeError, "size 4", needs=[True] * n) for n in (0, 3, 5)),
+        *(bad(RuntimeError, "size 5", needs=[True] * n) for n in (0, 4, 6)),
     ],
     "elbo": [*RAW_DATA, *RAW_LOSS],
     "elbo_reduce": [

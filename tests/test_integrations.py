@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_examples import load, need
@@ -227,3 +228,60 @@ def test_pyro_refuses_more_than_one_plate() -> None:
     masked = pyro.poutine.mask(vae.model, mask=torch.ones(6, dtype=torch.bool))
     with pytest.raises(NotImplementedError, match="z has a mask"):
         load("pyro_elbo").FastELBO().loss(masked, vae.guide, torch.ones(6, 9))
+
+
+@pytest.mark.filterwarnings("ignore")  # scvi-tools', Lightning's and anndata's own
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
+@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-cell"])
+def test_scvi_accelerated(likelihood: str, dispersion: str) -> None:
+    """An unmodified SCVI has the same loss and gradients, and trains to the same curve."""
+    scvi = pytest.importorskip("scvi")
+    from fastvae.integrations.scvi import accelerate
+
+    np.random.seed(0)
+    cells = scvi.data.synthetic_iid(batch_size=60, n_genes=40)
+    scvi.model.SCVI.setup_anndata(cells, batch_key="batch")
+
+    def run(accelerated: bool) -> tuple[list[torch.Tensor], np.ndarray]:
+        scvi.settings.seed = 3
+        model = scvi.model.SCVI(cells, gene_likelihood=likelihood, dispersion=dispersion)
+        undo = accelerate(model) if accelerated else None
+        tensors = next(iter(model._make_data_loader(cells, batch_size=64)))
+        torch.manual_seed(1)
+        loss = model.module(tensors)[2].loss
+        wanted = dict(model.module.named_parameters())
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        model.train(max_epochs=3, accelerator="cpu", enable_progress_bar=False, train_size=1.0)
+        curve = model.history["elbo_train"].to_numpy(float).ravel()
+        if undo is not None:
+            kind = type(model.module(tensors)[1]["px"]).__name__
+            assert kind.startswith("Fused")
+            undo()
+            assert not type(model.module(tensors)[1]["px"]).__name__.startswith("Fused")
+        return [loss.detach(), *(g for g in grads if g is not None)], curve
+
+    (theirs, their_curve), (ours, our_curve) = run(False), run(True)
+    assert len(ours) == len(theirs)
+    for got, want in zip(ours, theirs, strict=True):
+        # That of a bias in front of a batch norm is 0 but for rounding.
+        near = max(1e-4 * float(want.abs().max()), 1e-6)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=near)
+    np.testing.assert_allclose(our_curve, their_curve, rtol=1e-3)
+
+
+def test_scvi_accelerated_gives_the_terms_too() -> None:
+    pytest.importorskip("scvi")
+    from scvi.distributions import NegativeBinomial
+
+    from fastvae.integrations.scvi import _kinds, accelerate
+
+    x = torch.poisson(torch.ones(4, 5))
+    plain = NegativeBinomial(mu=torch.rand(4, 5), theta=torch.rand(5) + 0.1)
+    fused = _kinds()[NegativeBinomial](mu=plain.mu, theta=plain.theta)
+    torch.testing.assert_close(-fused.log_prob(x), -plain.log_prob(x))
+    torch.testing.assert_close(fused.log_prob(x).mean(), plain.log_prob(x).mean())
+    torch.testing.assert_close(torch.exp(fused.log_prob(x)), plain.log_prob(x).exp())
+    torch.testing.assert_close(fused.log_prob(x).sum(-1), plain.log_prob(x).sum(-1))
+    torch.testing.assert_close(2 * fused.log_prob(x) + 1, 2 * plain.log_prob(x) + 1)
+    with pytest.raises(TypeError, match="generative"):
+        accelerate(torch.nn.Linear(2, 2))

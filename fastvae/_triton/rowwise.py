@@ -64,7 +64,7 @@ def rowwise_kernel(
     weight,  # multiplies the row's gradients, as scale does
     weight_stride,
     scale,
-    options,
+    constants,  # the formula's options; Triton has an argument of that name itself
     grads,  # one pointer per input: dense, or sums along the row [rows, splits]; or None
     value,  # [rows, splits]
     rows,
@@ -89,8 +89,8 @@ def rowwise_kernel(
     n: tl.constexpr = len(inputs)
 
     fixed = ()
-    for k in tl.static_range(len(options)):
-        fixed = fixed + (number(options[k], COMPUTE),)
+    for k in tl.static_range(len(constants)):
+        fixed = fixed + (number(constants[k], COMPUTE),)
     factor = number(scale, COMPUTE)
     if weight is not None:
         of_row = weight + row_of(row, batch, BATCHED[n + 1]) * weight_stride

@@ -1,0 +1,1 @@
+"""fastvae under other libraries' unmodified models. Nothing here is imported by fastvae itself."""
