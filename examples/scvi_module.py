@@ -2,8 +2,8 @@
 
     python examples/scvi_module.py --epochs 20
 
-The counts' likelihood stays scvi-tools' own. Prints −ELBO before and after training, and
-the importance-sampled ln p(x), in nats per cell.
+The counts' likelihood stays scvi-tools' own (fastvae.integrations.scvi fuses that). Prints −ELBO
+before and after training, and the importance-sampled ln p(x), in nats per cell.
 """
 
 import argparse

@@ -245,5 +245,6 @@ def _rsample_composite(
 
 
 _library = torch.library.Library("fastvae", "IMPL")
-_library.impl("row_composite", _composite.rows, "CompositeImplicitAutograd")
-_library.impl("rsample_composite", _rsample_composite, "CompositeImplicitAutograd")
+for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+    _library.impl("row_composite", _composite.rows, _key)
+    _library.impl("rsample_composite", _rsample_composite, _key)

@@ -136,7 +136,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         _triton.sample_backward(dz, kl, mu, logvar, t.seed, 1, 0, None, *grads)
 
     for name in likelihoods.registry:
-        count = len(likelihoods.get(name).param_names)
+        count = len(likelihoods.get(name).formula_names)
         yield rowwise(name, 1 + count, 0, PIXELS)
         yield rowwise(name, 1 + count, count, PIXELS)
     for name, count in (("standard_kl", 2), ("normal_kl", 4)):

@@ -36,6 +36,8 @@ COMPILING = {**os.environ, "TRITON_INTERPRET": "0"}
 artefacts = pytest.mark.parametrize("arch", ARCHS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
+from fastvae._triton.formulas import heavy  # noqa: E402
+
 Rows = list[dict[str, Any]]
 
 
@@ -125,7 +127,10 @@ def test_the_designed_bytes_move_in_128_bit_accesses(
     compiled: dict[str, Rows], arch: str, dtype: str
 ) -> None:
     for row in select(compiled["aligned"], arch, dtype):
-        assert row["bytes"] == row["designed_bytes"] > 0, row["case"]
+        narrow = row["case"].removesuffix("+grad") in heavy and dtype.endswith("16")
+        # Half a tile of 16-bit numbers is 64 bits a thread: arithmetic bounds those kernels.
+        wanted = 0 if narrow else row["designed_bytes"]
+        assert row["bytes"] == wanted and row["designed_bytes"] > 0, row["case"]
 
 
 def test_the_row_kernel_makes_one_pass(compiled: dict[str, Rows]) -> None:
@@ -218,7 +223,9 @@ def test_the_oldest_triton_passes(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())
     assert len(rows) == 4 * len(KERNELS)
     for row in rows:
-        assert row["spilled_bytes"] == 0 and row["bytes"] == row["designed_bytes"], row
+        narrow = row["case"].removesuffix("+grad") in heavy and row["dtype"] == "bfloat16"
+        assert row["spilled_bytes"] == 0, row
+        assert row["bytes"] == (0 if narrow else row["designed_bytes"]), row
     few = ["--arch", "sm_80", "--dtype", "float64", "--json", str(out)]
     run("-m", "fastvae.roofline", *few, TRITON_INTERPRET="0")
     assert_doubles_are_whole(json.loads(out.read_text()))

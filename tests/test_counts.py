@@ -262,3 +262,21 @@ def test_arguments_are_refused() -> None:
     x, (mean, theta, _) = problem()
     with pytest.raises(ValueError, match=r"size_factor must have shape \[40\]"):
         fastvae.log_likelihood((mean, theta, torch.ones(3)), x, NegativeBinomial(size_factor=True))
+
+
+def test_no_memory_beyond_one_gradient_each(native: None) -> None:
+    """A dispersion per gene takes memory of the genes' size, not of the batch's."""
+    from benchmarks.cases import Problem
+    from benchmarks.runner import peak_memory
+
+    x, (mean, theta, z) = problem(64, 8192)
+    inputs = {"x": x, "mean": mean, "theta": theta[0].clone(), "z": z}
+    inputs |= {name: t.requires_grad_() for name, t in inputs.items() if name != "x"}
+
+    def step(x: Tensor, mean: Tensor, theta: Tensor, z: Tensor) -> tuple[Tensor]:
+        kl = torch.zeros(64)
+        name = "zero_inflated_negative_binomial"
+        return (fastvae.elbo_loss((mean, theta, z), x, kl=kl, likelihood=name),)
+
+    peak = peak_memory(step, Problem(inputs, (None,), 0, 0))
+    assert 2 * mean.nbytes <= peak < 2 * mean.nbytes + 16 * theta[0].nbytes

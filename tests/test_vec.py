@@ -125,7 +125,14 @@ def worst(got: Tensor, exact: Tensor, at: Tensor) -> tuple[float, float]:
 
 def bernoulli(l: Tensor, x: float) -> tuple[Tensor, Tensor]:
     value, (grad,) = forward(
-        torch.full_like(l, x), [l], "bernoulli", [], None, None, 1.0, [False, True, False, False]
+        torch.full_like(l, x),
+        [l],
+        "bernoulli",
+        [],
+        None,
+        None,
+        1.0,
+        [False, True, False, False, False],
     )
     return value, grad
 

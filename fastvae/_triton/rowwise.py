@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae._triton.formulas import formulas
+from fastvae._triton.formulas import formulas, heavy
 from fastvae._triton.launch import (
     TILE,
     UNUSED_NAN,
@@ -159,7 +159,8 @@ def rowwise(
 ) -> None:
     """Fills value and grads. Rows that are split are summed in a second stage, in a fixed order."""
     rows, cols = value.numel(), inputs[0].shape[1]
-    height, width = tile_shape(cols, tile=TILE if value.dtype == torch.float32 else TILE // 2)
+    tile = TILE if value.dtype == torch.float32 else TILE // 2
+    height, width = tile_shape(cols, tile=tile // 2 if family in heavy else tile)
     row_programs = cdiv(rows, height)
     split, chunk = splits(row_programs, cols, width)
 

@@ -24,4 +24,6 @@ likelihoods = {
     "negative_binomial": negative_binomial,
     "zero_inflated_negative_binomial": zero_inflated_negative_binomial,
 }
+# Of so many registers that half a tile is taken at a time; no memory waits for them.
+heavy = ("poisson", "negative_binomial", "zero_inflated_negative_binomial")
 formulas = {**likelihoods, "standard_kl": standard_kl, "normal_kl": normal_kl}
