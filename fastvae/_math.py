@@ -16,7 +16,7 @@ def half_square(a: Tensor, logvar: Tensor) -> Tensor:
     fixed = logvar.detach()
     root = (-0.25 * fixed).exp()
     u = a * root * root
-    return 0.5 * u * u * (fixed - logvar).exp()
+    return (0.5 * u * (fixed - logvar).exp()) * u  # in this order: not a tangent of 0 times ∞
 
 
 def times_sigma(a: Tensor, logvar: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def half_phi(d: Tensor) -> Tensor:
     d = d.clamp_max(torch.finfo(d.dtype).max)  # else ∞ − ∞
     fixed = d.detach()
     root = (0.5 * fixed).exp()
-    large = 0.5 * root * root * (d - fixed).exp()
+    large = (0.5 * root * (d - fixed).exp()) * root
     # clamp_max's derivative at its bound is 1 or 0, by torch's version: the bound lies beyond 40.
     expm1 = torch.where(d > 40, large, 0.5 * d.clamp_max(41).expm1())
     return torch.where(d.abs() < 1, 0.5 * series * s * s, expm1 - 0.5 * d)

@@ -53,7 +53,9 @@ def exact_zinb(x: Any, m: Any, theta: Any, z: Any) -> tuple[list[Any], list[Any]
         value, own = both - norm, mpmath.exp(nb - both)
         elsewhere = 1 - own
     values = [value, own * by_m, own * by_theta, elsewhere - inflated]
-    own *= max(1, abs(nb))  # e^(nb − both): a rounding of the exponent counts by its size
+    own *= max(
+        1, abs(nb - norm), abs(z - nb)
+    )  # e^(nb − both): a rounding of the exponent counts by its size
     return values, [max(size, norm, abs(z)), own * size_m, own * size_theta, 1]
 
 
@@ -62,8 +64,15 @@ def exact_poisson(x: Any, m: Any) -> tuple[list[Any], list[Any]]:
     return [terms[0] - terms[1] - terms[2], x / m - 1], [max(abs(t) for t in terms), max(x / m, 1)]
 
 
+def exact_poisson_log(x: Any, log_mean: Any) -> tuple[list[Any], list[Any]]:
+    m = mpmath.exp(log_mean)
+    terms = [x * log_mean, m, mpmath.loggamma(x + 1)]
+    return [terms[0] - terms[1] - terms[2], x - m], [max(abs(t) for t in terms), max(x, m)]
+
+
 CASES = {
     "poisson": (exact_poisson, [COUNT, MEAN]),
+    "poisson_log": (exact_poisson_log, [COUNT, [-18.0, -1.0, 0.3, 2.8, 13.8]]),
     "negative_binomial": (exact_nb, [COUNT, MEAN, DISPERSION]),
     "zero_inflated_negative_binomial": (exact_zinb, [COUNT, MEAN, DISPERSION, ZERO]),
 }
