@@ -1,5 +1,7 @@
 #include "rowwise.h"
 
+#include <torch/csrc/autograd/autograd.h>
+
 #include <charconv>
 
 #include "formulas/all.h"
