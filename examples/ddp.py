@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dist.all_reduce(total)
         if rank == 0:
             print(f"{epoch:4d}  loss {total.item() / (ranks * len(loader)):9.5f}", flush=True)
+    dist.barrier()  # gloo's thread lets go of `total` now, not when the interpreter is gone
     dist.destroy_process_group()
 
 

@@ -23,28 +23,29 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.repair()
 
 
-# What takes long, or needs what `make test` does not install.
-SLOW_FILES = ("aot", "benchmarks_gpu", "demo", "distributed", "docs", "examples", "integrations")
-SLOW_FILES += ("processes", "setup", "properties", "parity", "theory", "jensen")
+# What takes long, or needs what `make test` does not install; of these `make test` runs what is
+# marked quick.
+SLOW_FILES = ("aot", "demo", "distributed", "docs", "examples", "integrations", "processes")
+SLOW_FILES += ("setup", "properties")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--products",
         choices=["quick", "rest", "all"],
-        default="quick",
         help="quick: what belongs to the loop once per kind of formula, what belongs to a formula "
-        "once; rest: what quick leaves out; all: both",
+        "once; rest: what quick leaves out; all: both, as where files are named or a GPU is there",
     )
 
 
 def is_quick(item: pytest.Item) -> bool:
     """Whether `make test` runs it: a sum of what can go wrong, not its product."""
-    name = item.path.stem.removeprefix("test_")
-    if name in SLOW_FILES or item.get_closest_marker("full"):
+    if item.get_closest_marker("full"):
         return False
+    if item.get_closest_marker("quick"):
+        return True
     params = getattr(getattr(item, "callspec", None), "params", {})
-    if "triton" in params.values() and not name.startswith("triton") and "gpu" not in name:
+    if item.path.stem.removeprefix("test_") in SLOW_FILES or params.get("backend") == "triton":
         return False
     family = params.get("family")
     if not isinstance(family, cases.Family) or family.name in cases.REPRESENTATIVES:
@@ -57,15 +58,19 @@ def is_quick(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """70,001 columns take the interpreter minutes; 5,001 are split over programs just as well.
     Exhaustive tests run when they are asked for, and on a GPU every product runs."""
-    slow = [i for i in items if "triton" in i.name and "70001" in i.name] if not GPU else []
-    if "exhaustive" not in config.option.markexpr:
-        slow += [i for i in items if i.get_closest_marker("exhaustive")]
-    products = "all" if GPU or config.option.file_or_dir else config.getoption("--products")
-    if products != "all":
-        slow += [i for i in items if is_quick(i) != (products == "quick")]
-    if slow:
+    products = config.getoption("--products")
+    products = products or ("all" if GPU or config.option.file_or_dir else "quick")
+
+    def chosen(item: pytest.Item) -> bool:
+        if not GPU and "triton" in item.name and "70001" in item.name:
+            return False
+        if item.get_closest_marker("exhaustive"):
+            return "exhaustive" in config.option.markexpr
+        return products == "all" or is_quick(item) == (products == "quick")
+
+    if slow := [i for i in items if not chosen(i)]:
         config.hook.pytest_deselected(items=slow)
-        items[:] = [i for i in items if i not in set(slow)]
+        items[:] = [i for i in items if chosen(i)]
 
 
 @pytest.fixture(autouse=True)

@@ -202,7 +202,7 @@ for arch in ("sm_90", "gfx942"):
     assert len(output.split()) == 2
 
 
-@pytest.mark.skipif("OLDEST_TRITON" not in os.environ, reason="`make test` installs Triton 3.6.0")
+@pytest.mark.skipif("OLDEST_TRITON" not in os.environ, reason="make test-all installs Triton 3.6.0")
 def test_the_oldest_triton_passes(tmp_path: Path) -> None:
     """The other end of the supported range: values of everything elbo is made of, and artefacts."""
     path = os.pathsep.join([os.environ["OLDEST_TRITON"], os.environ.get("PYTHONPATH", "")])

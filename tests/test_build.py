@@ -68,15 +68,25 @@ def test_every_family_has_an_oracle_and_awkward_inputs() -> None:
     assert {family.name for family in FAMILIES.values()} == set(registry)
 
 
+NUMERICS = ("likelihood", "latent", "sampling", "vec", "extremes")
+CHOSEN = {
+    "every_formula": "cpp and (contiguous or extremes)",
+    "everything": "not eager and not triton",
+}
+
+
+@pytest.mark.parametrize(
+    "chosen", ["every_formula", pytest.param("everything", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("isa", USABLE[:-1])  # the last is the one that this run uses
-def test_every_instruction_set_passes_the_numerics(isa: str) -> None:
+def test_every_instruction_set_passes_the_numerics(isa: str, chosen: str) -> None:
     code = "import fastvae._C as c; print(c.build_info()['isa'])"
     assert python(code, ATEN_CPU_CAPABILITY=isa.lower()) == isa
     env = {**os.environ, "ATEN_CPU_CAPABILITY": isa.lower()}
-    files = [f"tests/test_{n}.py" for n in ("likelihood", "latent", "sampling", "vec", "extremes")]
-    chosen = ["-k", "not eager and not triton", *files]
+    files = [f"tests/test_{n}.py" for n in NUMERICS]
+    options = ["--products", "all", "-k", CHOSEN[chosen]]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qxp", "no:cacheprovider", *chosen],
+        [sys.executable, "-m", "pytest", "-qxp", "no:cacheprovider", *options, *files],
         env=env, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

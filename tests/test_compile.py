@@ -44,7 +44,11 @@ def step(model: Any, module: nn.Module, x: Tensor, seed: int) -> list[Tensor]:
     return [loss.detach(), *(p.grad.clone() for p in module.parameters())]
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", Gaussian(logvar="learned")], ids=str)
+@pytest.mark.parametrize(
+    "likelihood",
+    [pytest.param("bernoulli", marks=pytest.mark.full), Gaussian(logvar="learned")],
+    ids=str,
+)
 def test_a_training_step_compiles_at_most_twice(likelihood: Any) -> None:
     """Draws, loss and gradients are the uncompiled ones; the second batch size makes it dynamic."""
     vae = VAE(likelihood)
@@ -221,6 +225,7 @@ def test_export(exported: tuple[Reconstruct, Any], tmp_path: Path) -> None:
     assert_draws_alike(torch.export.load(tmp_path / "vae.pt2").module(), model)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own use of it
 def test_aot_inductor_package(exported: tuple[Reconstruct, Any], tmp_path: Path) -> None:
     model, program = exported

@@ -92,6 +92,7 @@ def near(got: Tensor, cpp: Tensor, scale: Tensor, roundings: float, what: str) -
     assert_within(got.cpu(), cpp, roundings * EPS * scale.double() + 1e-37, what=what)
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 @pytest.mark.parametrize("shape", [(3, 7), (5, 33), (2, 3000)], ids=str)
 def test_likelihoods_agree_with_cpp(
