@@ -128,7 +128,7 @@ def description() -> str:
 if minor(setuptools.__version__) < [77]:
     fail(f"setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'.")
 setuptools.setup(
-    install_requires=[requirement()],
+    install_requires=[requirement(), "typing-extensions"],
     long_description=description(),
     long_description_content_type="text/markdown",
     **extension(),

@@ -1,4 +1,4 @@
-"""What the formulas in plain PyTorch share; csrc/cpu/vec.h in C++, _triton/math.py in Triton."""
+"""What the formulas in plain PyTorch share, like csrc/cpu/compounds.h and _triton/math.py."""
 
 import math
 
@@ -41,16 +41,30 @@ def times_beta(kl: Tensor, beta: Tensor | float) -> Tensor:
 
 
 def half_phi(d: Tensor) -> Tensor:
-    """½ (e^d − 1 − d) without cancellation: its series where |d| < 1 (d^20 / 20! is below 1e-18).
-    Beyond 40 by the root of e^d, as half of it may be a number alone."""
-    s = d.clamp(-1, 1)
-    series = torch.full_like(s, 1 / math.factorial(20))
-    for k in range(19, 1, -1):
-        series = series * s + 1 / math.factorial(k)
-    d = d.clamp_max(torch.finfo(d.dtype).max)  # else ∞ − ∞
-    fixed = d.detach()
-    root = (0.5 * fixed).exp()
-    large = (0.5 * root * (d - fixed).exp()) * root
-    # clamp_max's derivative at its bound is 1 or 0, by torch's version: the bound lies beyond 40.
-    expm1 = torch.where(d > 40, large, 0.5 * d.clamp_max(41).expm1())
-    return torch.where(d.abs() < 1, 0.5 * series * s * s, expm1 - 0.5 * d)
+    """½ (e^d − 1 − d) without cancellation.
+
+    Differentiated is ½ φ(c + t) = ½ φ(c) + ½ expm1(c) expm1(t) + ½ φ(t) at t = 0: the graph holds
+    neither the series nor a choice. Beyond 40 e^c is a product: half of it may be a number alone.
+    """
+    most, beyond = (torch.finfo(d.dtype).max, 700 if d.dtype == torch.float64 else 85)
+    c = d.detach()
+    near, factor = c.clamp_max(40).exp(), (c - 40).clamp(0, beyond).exp()
+    small, series = c.abs() < 1, _half_phi_series(c.clamp(-1, 1))
+    half_expm1 = torch.where(small, series + 0.5 * c, 0.5 * near - 0.5)
+    value = torch.where(small, series, half_expm1 * factor - 0.5 * c)
+    t = d.clamp(-most, most) - c.clamp(-most, most)
+    return value + half_expm1 * (t.exp() - 1) * factor + _half_phi_at_0(t.view_as(t))
+
+
+def _half_phi_at_0(t: Tensor) -> Tensor:
+    """½ (e^t − 1 − t) where t is 0. Of a view, whose derivatives, ½ − ½, are summed first."""
+    return 0.5 * (t.exp() - 1 - t)
+
+
+def _half_phi_series(d: Tensor) -> Tensor:
+    """½ (e^d − 1 − d) for |d| ≤ 1, to half a rounding."""
+    last = 19 if d.dtype == torch.float64 else 12
+    series = d / math.factorial(last)
+    for k in range(last - 1, 2, -1):  # in place: a fresh tensor costs more than its elements
+        series.add_(1 / math.factorial(k)).mul_(d)
+    return (0.5 * series + 0.25) * d * d

@@ -6,11 +6,12 @@ and sums come back in float32. Gradients have the dtype of their input.
 """
 
 import numbers
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from typing_extensions import Unpack
 
 from fastvae import likelihoods
 from fastvae._backends import Ops, Prior, Terms, cpp, select
@@ -182,21 +183,31 @@ def log_likelihood(
     return select(backend, x.device).log_likelihood(x, params, family, check_mask(mask, x))
 
 
+class CallOptions(TypedDict, total=False):
+    """What a call of the loss may have besides recon, x, mu and logvar: `elbo_loss` says what."""
+
+    kl: Tensor | None
+    prior: AnyPrior | None
+    sample_weight: Tensor | None
+    mask: Tensor | None
+
+
+class LossOptions(CallOptions, total=False):
+    """And what a module holds."""
+
+    likelihood: str | Likelihood
+    beta: Beta
+    reduction: str
+    inplace_backward: bool
+    backend: str
+
+
 def elbo_loss(
     recon: Recon,
     x: Tensor,
     mu: Tensor | None = None,
     logvar: Tensor | None = None,
-    *,
-    kl: Tensor | None = None,
-    likelihood: str | Likelihood = "bernoulli",
-    beta: Beta = 1.0,
-    reduction: str = "mean",
-    prior: AnyPrior | None = None,
-    sample_weight: Tensor | None = None,
-    mask: Tensor | None = None,
-    inplace_backward: bool = False,
-    backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> Tensor:
     """The negative evidence lower bound, in nats: what a VAE minimizes.
 
@@ -209,11 +220,11 @@ def elbo_loss(
         x: targets, [B, *event].
         mu, logvar: the encoder's output, [B, *latent]; or give `kl` instead.
         kl: one value per sample, [B], as from `rsample_kl`; any estimate will do.
-        likelihood: a name or an object.
-        beta: factor of the KL, ≥ 0: a number, numpy's too, or a floating tensor of one element, to
-            which a gradient flows. The number 0 leaves the KL out, be it infinite.
-        reduction: "mean" over the batch, "sum", or "none" for one value per sample. An empty batch
-            gives 0.
+        likelihood: a name or an object; "bernoulli" if left out.
+        beta: factor of the KL, ≥ 0, 1 if left out: a number, numpy's too, or a floating tensor of
+            one element, to which a gradient flows. The number 0 leaves the KL out, be it infinite.
+        reduction: "mean" over the batch, the default, "sum", or "none" for one value per sample. An
+            empty batch gives 0.
         prior: as in `kl_divergence`; only together with mu and logvar.
         sample_weight: w, [B], floating; gradients flow to it. "mean" stays the plain mean of the
             weighted values.
@@ -235,14 +246,27 @@ def elbo_loss(
             inplace_backward, a recon that is a leaf, not contiguous, or in memory that another
             argument uses.
     """
-    return elbo_terms(
-        recon, x, mu, logvar, kl=kl, likelihood=likelihood, beta=beta, reduction=reduction,
-        prior=prior, sample_weight=sample_weight, mask=mask,
-        inplace_backward=inplace_backward, backend=backend,
-    ).loss  # fmt: skip
+    return evaluate(recon, x, mu, logvar, **options)[0].loss
 
 
 def elbo_terms(
+    recon: Recon,
+    x: Tensor,
+    mu: Tensor | None = None,
+    logvar: Tensor | None = None,
+    **options: Unpack[LossOptions],
+) -> Terms:
+    """`elbo_loss` together with its parts, from the same pass.
+
+    Returns:
+        (loss, log_likelihood, kl), all reduced alike, so that loss = beta · kl − log_likelihood;
+        the last two are detached, for logging: what has a gradient of its own are `log_likelihood`
+        and `kl_divergence`.
+    """
+    return evaluate(recon, x, mu, logvar, **options)[0]
+
+
+def evaluate(
     recon: Recon,
     x: Tensor,
     mu: Tensor | None = None,
@@ -257,36 +281,6 @@ def elbo_terms(
     mask: Tensor | None = None,
     inplace_backward: bool = False,
     backend: str = "auto",
-) -> Terms:
-    """`elbo_loss` together with its parts, from the same pass.
-
-    Returns:
-        (loss, log_likelihood, kl), all reduced alike, so that loss = beta · kl − log_likelihood;
-        the last two are detached, for logging: what has a gradient of its own are `log_likelihood`
-        and `kl_divergence`.
-    """
-    return evaluate(
-        recon, x, mu, logvar, kl=kl, likelihood=likelihood, beta=beta, reduction=reduction,
-        prior=prior, sample_weight=sample_weight, mask=mask,
-        inplace_backward=inplace_backward, backend=backend,
-    )[0]  # fmt: skip
-
-
-def evaluate(
-    recon: Recon,
-    x: Tensor,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    *,
-    kl: Tensor | None,
-    likelihood: str | Likelihood,
-    beta: Beta,
-    reduction: str,
-    prior: AnyPrior | None,
-    sample_weight: Tensor | None,
-    mask: Tensor | None,
-    inplace_backward: bool,
-    backend: str,
 ) -> tuple[Terms, Tensor, Tensor]:
     """`elbo_terms`, and each row's log-likelihood ([B] or [K, B], detached) and KL ([B])."""
     family = _family(likelihood)

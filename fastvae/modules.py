@@ -4,13 +4,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fastvae import likelihoods
 from fastvae._backends import Terms, check_backend
 from fastvae._backends._common import Beta, in_transform
-from fastvae._validation import AnyPrior, Recon, check_beta, check_reduction
+from fastvae._validation import Recon, check_beta, check_reduction
 from fastvae.diagnostics import NonFinite
-from fastvae.functional import evaluate
+from fastvae.functional import CallOptions, evaluate
 from fastvae.likelihoods import Likelihood
 
 
@@ -77,11 +78,8 @@ class ELBOLoss(nn.Module):
         mu: Tensor | None = None,
         logvar: Tensor | None = None,
         *,
-        kl: Tensor | None = None,
-        prior: AnyPrior | None = None,
-        sample_weight: Tensor | None = None,
-        mask: Tensor | None = None,
         return_terms: bool = False,
+        **options: Unpack[CallOptions],
     ) -> Tensor | Terms:
         """The loss, in nats; arguments, shapes and errors as in `fastvae.elbo_loss`.
 
@@ -89,15 +87,15 @@ class ELBOLoss(nn.Module):
         detached, for logging.
         """
         terms, rows, kl_rows = evaluate(
-            recon, x, mu, logvar, kl=kl, likelihood=self.likelihood, beta=self.beta,
-            reduction=self.reduction, prior=prior, sample_weight=sample_weight, mask=mask,
-            inplace_backward=self.inplace_backward, backend=self.backend,
+            recon, x, mu, logvar, likelihood=self.likelihood, beta=self.beta,
+            reduction=self.reduction, inplace_backward=self.inplace_backward,
+            backend=self.backend, **options,
         )  # fmt: skip
         if self.track_nonfinite and not in_transform() and rows.device.type != "meta":
             counter = self._nonfinite.get(rows.device)
             if counter is None:
                 counter = self._nonfinite[rows.device] = NonFinite(rows.device)
-            counter.add(rows, kl_rows, sample_weight, self.backend)
+            counter.add(rows, kl_rows, options.get("sample_weight"), self.backend)
         return terms if return_terms else terms.loss
 
     def terms(
@@ -106,7 +104,7 @@ class ELBOLoss(nn.Module):
         x: Tensor,
         mu: Tensor | None = None,
         logvar: Tensor | None = None,
-        **options: Any,
+        **options: Unpack[CallOptions],
     ) -> Terms:
         """The module called with ``return_terms=True``: hooks fire, as those of FSDP2 do.
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "vec.h"
+#include "lanes.h"
 
 namespace fastvae {
 inline namespace CPU_CAPABILITY {

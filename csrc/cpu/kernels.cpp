@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "vec.h"
+#include "compounds.h"
 
 #include "rowwise.h"
 #include "sampling.h"

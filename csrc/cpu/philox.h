@@ -4,7 +4,7 @@
 // counter's four normals the (i mod 64) div 16-th, so that 16 lanes of counters fill 64 elements.
 #pragma once
 
-#include "vec.h"
+#include "math.h"
 
 namespace fastvae {
 inline namespace CPU_CAPABILITY {

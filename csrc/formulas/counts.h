@@ -45,13 +45,26 @@ FASTVAE_INLINE V log1p_of(const V& a, const V& one_plus_a) {
   return select(between(-half, a, half), log1p(a), log(one_plus_a));
 }
 
-// Π 1/(i + 1) over i < x, which is 1/x!, for x in [1, 16].
+// ln x! for x in [1, 16].
 template <class V>
-FASTVAE_INLINE V inverse_factorial(const V& x) {
-  V product = num<V>(1);
-  for (int i = 1; any<V>(less(num<V>(i), x)) && i < 16; ++i)
-    product = select(less(num<V>(i), x), product * num<V>(1.0 / (i + 1)), product);
-  return product;
+FASTVAE_INLINE V log_factorial(const V& x) {
+  static constexpr double table[16] = {0.0,
+                                       0.6931471805599453,
+                                       1.791759469228055,
+                                       3.1780538303479458,
+                                       4.787491742782046,
+                                       6.579251212010101,
+                                       8.525161361065415,
+                                       10.60460290274525,
+                                       12.801827480081469,
+                                       15.104412573075516,
+                                       17.502307845873887,
+                                       19.987214495661885,
+                                       22.552163853123425,
+                                       25.19122118273868,
+                                       27.89927138384089,
+                                       30.671860106080672};
+  return lookup16(table, x - num<V>(1));
 }
 
 // ln p(x | m) = x ln m − m − ln x!, with m = size · mean + options[0].
@@ -79,7 +92,7 @@ struct Poisson {
     const V &x = in[0], m = mean(in, opt), above = x - m, slope = above / m;
     V value;
     if constexpr (kind == 0) {
-      value = fmadd(x, log(m), log(inverse_factorial(x)) - m);
+      value = fmadd(x, log(m), -(m + log_factorial(x)));
     } else {
       const V inverse = num<V>(1) / x;
       value = fmadd(x, log1p_of(-above * inverse, m * inverse), above) -
@@ -104,10 +117,10 @@ struct PoissonLog {
 
   template <class V, int kind>
   static FASTVAE_INLINE Result<V, 2> eval_rare(const V (&in)[2], const V*) {
-    const V &x = in[0], &l = in[1], above = x - exp(l);
+    const V &x = in[0], &l = in[1], m = exp(l), above = x - m;
     V value;
     if constexpr (kind == 0) {
-      value = fmadd(x, l, log(inverse_factorial(x)) + (above - x));
+      value = fmadd(x, l, -(m + log_factorial(x)));
     } else {
       const V log_x = log(x);
       value = fmadd(x, l - log_x, above) - num<V>(0.5) * (log_x + num<V>(ln_2pi)) -
