@@ -1,4 +1,5 @@
 // elbo: the loss from log-likelihood and KL; implementation, autograd, routing.
+#include "device_kernels.h"
 #include "ops.h"
 #include "triton.h"
 
@@ -40,58 +41,20 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce_fused(const Tensor& log_likelihoo
     check_floating(*weight, "weight");
     check_same_shape(*weight, "weight", kl, "kl");
   }
-  const int64_t batch = kl.size(0),
-                samples = log_likelihood.dim() == 2 ? log_likelihood.size(0) : 1;
   const auto type =
       at::promote_types(compute_type(log_likelihood.scalar_type()), compute_type(kl.scalar_type()));
-  const bool none = reduction == Reduction::none;
-  auto make = [&] {
-    return empty(none ? kl.sizes() : at::IntArrayRef(), type, log_likelihood.device());
-  };
-  const std::tuple<Tensor, Tensor, Tensor> out{make(), make(), make()};
-  if (triton::serves(kl)) {
-    triton::elbo_reduce(log_likelihood.contiguous(), kl.contiguous(),
-                        weight ? OptTensor(weight->contiguous()) : weight, beta,
-                        row_scale(reduction, kl), std::get<0>(out), std::get<1>(out),
-                        std::get<2>(out));
-    return out;
-  }
-  std::vector<double> ll_row(batch, 0.0), kl_row(batch), w(batch, row_scale(reduction, kl));
-  with_values(log_likelihood.contiguous(), [&](const auto* p) {
-    for (int64_t k = 0; k < samples; ++k)
-      for (int64_t b = 0; b < batch; ++b)
-        ll_row[b] += static_cast<double>(p[k * batch + b]) / samples;
-  });
-  with_values(kl.contiguous(), [&](const auto* p) {
-    for (int64_t b = 0; b < batch; ++b) kl_row[b] = static_cast<double>(p[b]);
-  });
-  if (weight) {
-    with_values(weight->contiguous(), [&](const auto* p) {
-      for (int64_t b = 0; b < batch; ++b) w[b] *= static_cast<double>(p[b]);
-    });
-  }
-  AT_DISPATCH_FLOATING_TYPES(type, "fastvae_elbo", [&] {
-    auto* loss_out = std::get<0>(out).mutable_data_ptr<scalar_t>();
-    auto* ll_out = std::get<1>(out).mutable_data_ptr<scalar_t>();
-    auto* kl_out = std::get<2>(out).mutable_data_ptr<scalar_t>();
-    double loss = 0, ll_sum = 0, kl_sum = 0;
-    for (int64_t b = 0; b < batch; ++b) {
-      const double ll_b = w[b] * ll_row[b], kl_b = w[b] * kl_row[b];
-      const double loss_b = (beta == 0 ? 0 : beta * kl_b) - ll_b;  // the KL may be infinite
-      if (none) {
-        loss_out[b] = static_cast<scalar_t>(loss_b);
-        ll_out[b] = static_cast<scalar_t>(ll_b);
-        kl_out[b] = static_cast<scalar_t>(kl_b);
-      }
-      loss += loss_b, ll_sum += ll_b, kl_sum += kl_b;
-    }
-    if (!none) {
-      *loss_out = static_cast<scalar_t>(loss);
-      *ll_out = static_cast<scalar_t>(ll_sum);
-      *kl_out = static_cast<scalar_t>(kl_sum);
-    }
-  });
-  return out;
+  const auto sizes = reduction == Reduction::none ? kl.sizes() : at::IntArrayRef();
+  const auto make = [&] { return empty(sizes, type, log_likelihood.device()); };
+  const ReduceTask task{log_likelihood.contiguous(),
+                        kl.contiguous(),
+                        weight ? OptTensor(weight->contiguous()) : weight,
+                        beta,
+                        row_scale(reduction, kl),
+                        make(),
+                        make(),
+                        make()};
+  kernels_for(kl).elbo_reduce(task);
+  return {task.loss_out, task.log_likelihood_out, task.kl_out};
 }
 
 std::tuple<Tensor, Tensor, Tensor> elbo_reduce(const Tensor& log_likelihood, const Tensor& kl,
@@ -104,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> elbo_reduce(const Tensor& log_likelihood, con
 // d(loss) / d(kl): upstream · kl_scale · weight, [batch].
 Tensor kl_gradient(const Call& call, const Tensor& upstream, const Tensor& x, bool graph) {
   // Differentiable, traced or on a GPU: as ops; else in one loop, for a small step feels each op.
-  if (graph || !is_plain(upstream) || triton::serves(upstream))
+  if (graph || !is_plain(upstream) || !kernels_for(upstream).host)
     return per_row(call.weighted(upstream, call.kl_scale), x).to(call.kl_type);
   const int64_t batch = x.size(0);
   std::vector<double> factor(batch, call.kl_scale);

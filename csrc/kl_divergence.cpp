@@ -1,6 +1,6 @@
 // kl_divergence: implementation and routing; its autograd Function is the likelihoods'.
+#include "device_kernels.h"
 #include "ops.h"
-#include "triton.h"
 
 namespace fastvae {
 namespace {
@@ -39,7 +39,7 @@ Tensor kl_divergence_autograd(const Tensor& mu, const Tensor& logvar, const OptT
   Call call = make_call(kl_spec(inputs.size()), inputs, {});
   // Its gradients take as long to scale as to compute again, if that is two launches instead of
   // one.
-  call.recompute |= triton::serves(mu);
+  call.recompute |= !kernels_for(mu).host;
   return rows_autograd(inputs, call);
 }
 

@@ -1,6 +1,7 @@
 // log_likelihood: implementation, autograd, routing; elbo and kl_divergence build on it.
 #include <torch/csrc/autograd/graph_task.h>
 
+#include "device_kernels.h"
 #include "ops.h"
 #include "triton.h"
 
@@ -152,23 +153,6 @@ bool sums_rows(const Saved& saved) {
   return false;
 }
 
-// grad *= factor in place, but 0 where the factor is: β may be 0 where the KL is infinite.
-const Tensor& scaled(const Tensor& grad, const Tensor& factor) {
-  grad.mul_(factor);
-  const Tensor none = factor == 0;
-  if (none.any().item<bool>()) grad.masked_fill_(none, 0);
-  return grad;
-}
-
-// grad *= upstream (which broadcasts to [rows...]) in place, by the Triton kernel.
-const Tensor& scale_rows(const Tensor& grad, const Tensor& upstream, int64_t event) {
-  const auto rows = grad.sizes().slice(0, grad.dim() - event);
-  const int64_t count = product(rows);
-  if (grad.numel() > 0)
-    triton::scale_grad(dense_rows(grad, count), upstream.expand(rows).flatten());
-  return grad;
-}
-
 }  // namespace
 
 variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
@@ -191,23 +175,30 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
     if (factor.dim() == 0) factor = per_row(factor, saved.inputs[0]);
     grads = std::get<1>(run_forward(call, saved.inputs, factor, 1.0, call.needs));
   } else {
-    const bool plain = is_plain(upstream), gpu = triton::serves(upstream);
+    const DeviceKernels& device = kernels_for(upstream);
+    const bool plain = is_plain(upstream);
     // On a GPU the kernel looks whether the factor is one: the host would have to wait for it.
-    const bool one = plain && !gpu && is_one_number(upstream) && scalar_value(upstream) == 1.0;
+    const bool one =
+        plain && device.host && is_one_number(upstream) && scalar_value(upstream) == 1.0;
     const int64_t event = saved.inputs[0].dim() - 1;
     for (size_t j = 0, k = 0; j < count; ++j) {
       if (!call.needs[j]) continue;
       const Tensor& grad = saved.grads[k++];
       // What is summed over the rows has one factor.
       const bool summed = along(saved, j) == Along::columns;
-      const Tensor factor =
-          summed ? upstream.flatten().slice(0, 0, 1).reshape({}) : unsqueeze_event(upstream, event);
-      if (!plain || !only_ours(grad) || (gpu && summed))
+      if (one && only_ours(grad)) {
+        grads.push_back(grad);
+      } else if (plain && only_ours(grad)) {
+        const auto rows = grad.sizes().slice(0, grad.dim() - event);
+        const Tensor factor =
+            summed ? upstream.flatten().slice(0, 0, 1) : upstream.expand(rows).flatten();
+        device.scale_rows(dense_rows(grad, factor.numel()), factor);
+        grads.push_back(grad);
+      } else {
+        const Tensor factor = summed ? upstream.flatten().slice(0, 0, 1).reshape({})
+                                     : unsqueeze_event(upstream, event);
         grads.push_back(at::where(factor == 0, 0, grad * factor).to(grad.scalar_type()));
-      else if (gpu)
-        grads.push_back(scale_rows(grad, upstream, event));
-      else
-        grads.push_back(one ? grad : scaled(grad, factor));
+      }
     }
   }
   for (size_t j = 0, k = 0; j < count; ++j)

@@ -4,8 +4,8 @@
 
 #include <charconv>
 
+#include "device_kernels.h"
 #include "formulas/all.h"
-#include "triton.h"
 
 namespace fastvae {
 
@@ -194,105 +194,40 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   const auto row_sizes = full.sizes().slice(0, lead);
   const auto compute = compute_type(full.scalar_type());
   const auto order = memory_order(full, lead);
-  const bool on_cpu = !triton::serves(full);
+  const DeviceKernels& device = kernels_for(full);
 
-  RowwiseArgs a{};
-  a.formula = spec.formula;
-  a.rows = product(row_sizes);
-  a.cols = product(full.sizes().slice(lead));
-  a.use_double = compute == at::kDouble;
-  a.scale = scale;
-  std::copy(spec.options.begin(), spec.options.end(), a.options);
-  RowOperand operands[max_inputs], mask_rows, weight_rows;
+  RowTask task{spec, product(row_sizes), product(full.sizes().slice(lead)), x.size(0), scale};
   for (size_t j = 0; j < inputs.size(); ++j) {
     const Tensor& t = inputs[j];
     const bool scalar = t.numel() == 1 && t.dim() != full.dim();
     const Tensor view = scalar ? t.reshape({1}) : permute_event(t, order);
-    operands[j] = as_rows(view, scalar ? 1 : view.dim() - event, on_cpu);
-    a.in[j] = operands[j].operand;
+    task.in[j] = as_rows(view, scalar ? 1 : view.dim() - event, device.host);
   }
-  if (mask) a.mask = (mask_rows = as_rows(permute_event(*mask, order), 1, on_cpu)).operand;
-  if (weight) a.weight = (weight_rows = as_rows(*weight, weight->dim())).operand;
+  if (mask) task.mask = as_rows(permute_event(*mask, order), 1, device.host);
+  if (weight) task.weight = as_rows(*weight, weight->dim());
 
   RowwiseResult result;
-  const auto along = [&](size_t j) {
-    return j == 0 ? Along::both : varies_along(inputs[j], full, lead);
-  };
   for (size_t j = 0; j < needs.size(); ++j) {
     if (!needs[j]) continue;
-    a.want_grad = true;
-    if (along(j) == Along::rows) {
+    const Along along = j == 0 ? Along::both : varies_along(inputs[j], full, lead);
+    Tensor out;
+    if (along == Along::rows) {
       std::vector<int64_t> sizes(row_sizes.begin(), row_sizes.end());
       sizes.resize(full.dim(), 1);
-      result.grads.push_back(empty(sizes, compute, full.device()));
-    } else if (along(j) == Along::columns) {
-      a.by_column = true;
-      result.grads.push_back(empty_event(inputs[j].sizes(), order, compute, full.device()));
+      out = empty(sizes, compute, full.device());
+    } else if (along == Along::columns) {
+      out = empty_event(inputs[j].sizes(), order, compute, full.device());
+    } else if (overwrite && j > 0) {
+      out = inputs[j].detach();
     } else {
-      result.grads.push_back(
-          overwrite && j > 0
-              ? inputs[j].detach()
-              : empty_event(full.sizes(), order, inputs[j].scalar_type(), full.device()));
-      a.grad[j] = {result.grads.back().mutable_data_ptr(), dtype_of(inputs[j])};
+      out = empty_event(full.sizes(), order, inputs[j].scalar_type(), full.device());
     }
+    result.grads.push_back(out);
+    task.grads[j] = {std::move(out), along};
   }
-  result.value = empty(row_sizes, compute, full.device());
-  if (!on_cpu) {
-    if (a.rows == 0) return result;
-    Needs wanted = needs;
-    wanted.resize(inputs.size());
-    std::vector<Tensor> views, grads;
-    std::vector<std::pair<Tensor, Tensor>> by_column;  // the sum, of what
-    for (size_t j = 0; j < inputs.size(); ++j) views.push_back(matrix(operands[j], a.cols));
-    for (size_t j = 0, k = 0; j < needs.size(); ++j) {
-      if (!needs[j]) continue;
-      const Tensor& grad = result.grads[k++];
-      if (along(j) == Along::columns) {
-        by_column.emplace_back(dense_rows(grad, 1)[0], at::empty({a.rows, a.cols}, grad.options()));
-        grads.push_back(by_column.back().second);
-      } else {
-        grads.push_back(along(j) == Along::rows ? grad.view({a.rows}) : dense_rows(grad, a.rows));
-      }
-    }
-    const auto mask_view = mask ? OptTensor(matrix(mask_rows, a.cols).view(at::kByte)) : mask;
-    const auto weight_view = weight ? OptTensor(matrix(weight_rows, 1)) : weight;
-    triton::rowwise(formula_name(spec.formula), views, mask_view, weight_view, spec.options, scale,
-                    x.size(0), result.value.view({a.rows}), grads, wanted);
-    for (auto& [sum, dense] : by_column) at::sum_out(sum, dense, 0);
-    return result;
-  }
-
-  // What is summed in several parts, and those.
-  struct Parts {
-    Tensor out;
-    int64_t count;
-    bool by_column;
-    std::unique_ptr<double[]> values;
-  };
-  const Units units(a.rows, a.cols, a.by_column);
-  std::vector<Parts> sums;
-  const auto summed = [&](const Tensor& out) -> void* {
-    if (units.per_row == 1) return out.mutable_data_ptr();
-    sums.push_back(
-        {out, units.per_row, false, std::unique_ptr<double[]>(new double[a.rows * units.per_row])});
-    return sums.back().values.get();
-  };
-  a.sum[0] = summed(result.value);
-  for (size_t j = 0, k = 0; j < needs.size(); ++j) {
-    if (!needs[j]) continue;
-    const Tensor& grad = result.grads[k++];
-    if (along(j) == Along::rows) a.sum[1 + j] = summed(grad);
-    if (along(j) == Along::columns) {
-      sums.push_back({dense_rows(grad, 1), units.blocks, true,
-                      std::unique_ptr<double[]>(new double[units.blocks * a.cols])});
-      a.columns[j] = sums.back().values.get();
-    }
-  }
-  unsigned outside = 0;
-  a.outside = &outside;
-  kernels().rowwise(a);
+  task.value = result.value = empty(row_sizes, compute, full.device());
+  const unsigned outside = device.rowwise(task);
   if (outside) raise_outside(spec, inputs, mask, outside, overwrite);
-  for (const Parts& p : sums) sum_parts(p.values.get(), p.count, p.out, p.by_column);
   return result;
 }
 

@@ -6,7 +6,7 @@
 #include <limits>
 #include <mutex>
 
-#include "formulas/all.h"
+#include "device_kernels.h"
 #include "ops.h"
 #include "triton.h"
 
@@ -88,17 +88,6 @@ OptTensor check_sampling(const Tensor& mu, const Tensor& logvar, const Tensor& s
   return index;
 }
 
-// For the CPU kernels, which read the values; the index is contiguous.
-Stream stream_of(const Tensor& seed, int64_t draws, int64_t sample_offset, const OptTensor& index) {
-  const auto key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
-  if (!index || index->numel() == 0) return {key, draws, sample_offset, nullptr};
-  const int64_t* row = index->const_data_ptr<int64_t>();
-  bool in_order = true;
-  for (int64_t b = 0; b < index->numel(); ++b) in_order &= row[b] - row[0] == b;
-  if (in_order) return {key, draws, row[0], nullptr};
-  return {key, draws, sample_offset, row};
-}
-
 OptTensor defined(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
 
 std::vector<int64_t> sample_sizes(const Tensor& mu, std::optional<int64_t> num_samples) {
@@ -107,36 +96,24 @@ std::vector<int64_t> sample_sizes(const Tensor& mu, std::optional<int64_t> num_s
   return sizes;
 }
 
+// The checked rows of mu and logvar and their draws.
+SampleTask sample_task(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t draws,
+                       int64_t offset, const OptTensor& sample_index) {
+  OptTensor index = check_sampling(mu, logvar, seed, draws, offset, sample_index);
+  const bool host = kernels_for(mu).host;
+  return {mu.size(0),           product(mu.sizes().slice(1)), draws, offset, seed, std::move(index),
+          as_rows(mu, 1, host), as_rows(logvar, 1, host)};
+}
+
 SampleResult sample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
                           std::optional<int64_t> num_samples, int64_t sample_offset,
                           const OptTensor& sample_index, bool want_kl) {
-  const int64_t draws = num_samples.value_or(1);
-  const OptTensor index = check_sampling(mu, logvar, seed, draws, sample_offset, sample_index);
-  const auto compute = compute_type(mu.scalar_type());
-  const bool on_cpu = !triton::serves(mu);
-  const RowOperand mu_rows = as_rows(mu, 1, on_cpu), logvar_rows = as_rows(logvar, 1, on_cpu);
-  Tensor z = empty(sample_sizes(mu, num_samples), mu.scalar_type(), mu.device()), kl;
-  if (want_kl) kl = empty(mu.sizes().slice(0, 1), compute, mu.device());
-  SampleArgs a{};
-  a.batch = mu.size(0);
-  a.cols = product(mu.sizes().slice(1));
-  if (!on_cpu) {
-    if (a.batch > 0)
-      triton::sample_forward(matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed, draws,
-                             sample_offset, index, z.view({draws * a.batch, a.cols}), defined(kl));
-    return {z, kl};
-  }
-  a.use_double = compute == at::kDouble;
-  a.stream = stream_of(seed, draws, sample_offset, index);
-  a.mu = mu_rows.operand;
-  a.logvar = logvar_rows.operand;
-  a.z = {z.mutable_data_ptr(), dtype_of(z)};
-  const int64_t per_row = chunks(a.cols);
-  const std::unique_ptr<double[]> partial(want_kl ? new double[a.batch * per_row] : nullptr);
-  a.kl = partial.get();
-  kernels().sample(a);
-  if (want_kl) sum_parts(a.kl, per_row, kl);
-  return {z, kl};
+  SampleForward task{
+      sample_task(mu, logvar, seed, num_samples.value_or(1), sample_offset, sample_index)};
+  task.z = empty(sample_sizes(mu, num_samples), mu.scalar_type(), mu.device());
+  if (want_kl) task.kl = empty(mu.sizes().slice(0, 1), compute_type(mu.scalar_type()), mu.device());
+  kernels_for(mu).sample(task);
+  return {std::move(task.z), std::move(task.kl)};
 }
 
 Tensor rsample_fused(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
@@ -176,24 +153,12 @@ Tensor noise_each_fused(const Tensor& seeds, at::IntArrayRef size, int64_t num_s
   sizes.insert(sizes.begin(), lanes);
   const Tensor out = empty(sizes, at::kFloat, seeds.device());
   if (lanes == 0) return out;
-  if (triton::serves(seeds)) {
-    for (int64_t i = 0; i < lanes; ++i)
-      out[i].copy_(
-          noise_fused(seeds.slice(0, i, i + 1), size, num_samples, sample_offset, sample_index));
-    return out;
-  }
-  const Tensor one_seed = seeds.slice(0, 0, 1);
-  const OptTensor index =
-      check_sampling(zero, zero, one_seed, num_samples, sample_offset, sample_index);
-  const RowOperand rows = as_rows(zero, 1);
-  SampleArgs a{};
-  a.batch = zero.size(0);
-  a.cols = product(zero.sizes().slice(1));
-  a.mu = a.logvar = rows.operand;
+  SampleForward task{
+      sample_task(zero, zero, seeds.slice(0, 0, 1), num_samples, sample_offset, sample_index)};
   for (int64_t i = 0; i < lanes; ++i) {
-    a.stream = stream_of(seeds[i], num_samples, sample_offset, index);
-    a.z = {out.mutable_data_ptr<float>() + i * num_samples * zero.numel(), DType::f32};
-    kernels().sample(a);
+    task.seed = seeds.slice(0, i, i + 1);
+    task.z = out[i];
+    kernels_for(seeds).sample(task);
   }
   return out;
 }
@@ -204,47 +169,27 @@ std::tuple<Tensor, Tensor> rsample_backward_fused(const OptTensor& grad_z, const
                                                   std::optional<int64_t> num_samples,
                                                   int64_t sample_offset,
                                                   const OptTensor& sample_index) {
-  const int64_t draws = num_samples.value_or(1);
-  const OptTensor index = check_sampling(mu, logvar, seed, draws, sample_offset, sample_index);
-  SampleBackwardArgs a{};
-  a.batch = mu.size(0);
-  a.cols = product(mu.sizes().slice(1));
-  a.use_double = mu.scalar_type() == at::kDouble;
-  const bool on_cpu = !triton::serves(mu);
-  const RowOperand mu_rows = as_rows(mu, 1, on_cpu), logvar_rows = as_rows(logvar, 1, on_cpu);
-  a.mu = mu_rows.operand;
-  a.logvar = logvar_rows.operand;
-  RowOperand grad_z_rows, grad_kl_rows;
+  SampleBackward task{
+      sample_task(mu, logvar, seed, num_samples.value_or(1), sample_offset, sample_index)};
+  const DeviceKernels& device = kernels_for(mu);
   if (grad_z) {
     check_device(*grad_z, "grad_z", mu);
     check_floating(*grad_z, "grad_z");
     TORCH_CHECK_VALUE(grad_z->sizes() == at::IntArrayRef(sample_sizes(mu, num_samples)),
                       "grad_z must have the shape of z, got ", grad_z->sizes());
-    a.grad_z = (grad_z_rows = as_rows(*grad_z, num_samples ? 2 : 1, on_cpu)).operand;
+    task.grad_z = as_rows(*grad_z, num_samples ? 2 : 1, device.host);
   }
   if (grad_kl) {
     check_device(*grad_kl, "grad_kl", mu);
     check_floating(*grad_kl, "grad_kl");
     TORCH_CHECK_VALUE(grad_kl->dim() == 1 && grad_kl->size(0) == mu.size(0),
                       "grad_kl must have shape [", mu.size(0), "], got ", grad_kl->sizes());
-    a.grad_kl = (grad_kl_rows = as_rows(*grad_kl, 1)).operand;
+    task.grad_kl = as_rows(*grad_kl, 1);
   }
-  Tensor grad_mu = empty(mu.sizes(), mu.scalar_type(), mu.device()),
-         grad_logvar = empty(mu.sizes(), mu.scalar_type(), mu.device());
-  if (!on_cpu) {
-    if (mu.numel() == 0) return {grad_mu, grad_logvar};
-    triton::sample_backward(grad_z ? OptTensor(matrix(grad_z_rows, a.cols)) : std::nullopt,
-                            grad_kl ? OptTensor(matrix(grad_kl_rows, 1)) : std::nullopt,
-                            matrix(mu_rows, a.cols), matrix(logvar_rows, a.cols), seed, draws,
-                            sample_offset, index, grad_mu.view({a.batch, a.cols}),
-                            grad_logvar.view({a.batch, a.cols}));
-    return {grad_mu, grad_logvar};
-  }
-  a.stream = stream_of(seed, draws, sample_offset, index);
-  a.grad_mu = {grad_mu.mutable_data_ptr(), dtype_of(grad_mu)};
-  a.grad_logvar = {grad_logvar.mutable_data_ptr(), dtype_of(grad_logvar)};
-  kernels().sample_backward(a);
-  return {grad_mu, grad_logvar};
+  task.grad_mu = empty(mu.sizes(), mu.scalar_type(), mu.device());
+  task.grad_logvar = empty(mu.sizes(), mu.scalar_type(), mu.device());
+  device.sample_backward(task);
+  return {std::move(task.grad_mu), std::move(task.grad_logvar)};
 }
 
 // --- composites ---

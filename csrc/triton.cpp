@@ -7,6 +7,8 @@
 
 #include <utility>
 
+#include "device_kernels.h"
+
 namespace fastvae::triton {
 namespace {
 
@@ -26,9 +28,63 @@ void call(const char* name, const Tensor& on, Args&&... args) {
   py::module_::import("fastvae._triton").attr(name)(std::forward<Args>(args)...);
 }
 
+OptTensor optional(const RowOperand& r, int64_t cols) {
+  return r.storage.defined() ? OptTensor(matrix(r, cols)) : std::nullopt;
+}
+
+unsigned rowwise(const RowTask& task) {
+  if (task.rows == 0) return 0;
+  const auto empty_like = [&](const Tensor& t) {
+    return at::empty({task.rows, task.cols}, t.options());
+  };
+  std::vector<Tensor> views, grads;
+  Needs needs;
+  std::vector<std::pair<Tensor, Tensor>> summed;  // over the rows: the sum, of what
+  for (const RowOperand& in : task.in)
+    if (in.storage.defined()) views.push_back(matrix(in, task.cols));
+  for (size_t j = 0; j < views.size(); ++j) {
+    const auto& [out, along] = task.grads[j];
+    needs.push_back(out.defined());
+    if (!out.defined()) continue;
+    grads.push_back(along == Along::columns ? empty_like(out) : dense_rows(out, task.rows));
+    if (along == Along::rows) grads.back() = out.view({task.rows});
+    if (along == Along::columns) summed.emplace_back(dense_rows(out, 1)[0], grads.back());
+  }
+  OptTensor mask = optional(task.mask, task.cols);
+  if (mask) mask = mask->view(at::kByte);
+  call("rowwise", task.value, formula_name(task.spec.formula), views, mask,
+       optional(task.weight, 1), task.spec.options, task.scale, task.batch,
+       task.value.view({task.rows}), grads, needs);
+  for (const auto& [sum, dense] : summed) at::sum_out(const_cast<Tensor&>(sum), dense, 0);
+  return 0;
+}
+
+void sample(const SampleForward& t) {
+  if (t.batch == 0) return;
+  call("sample_forward", t.z, matrix(t.mu, t.cols), matrix(t.logvar, t.cols), t.seed, t.draws,
+       t.offset, t.index, t.z.view({t.draws * t.batch, t.cols}),
+       t.kl.defined() ? OptTensor(t.kl) : std::nullopt);
+}
+
+void sample_backward(const SampleBackward& t) {
+  if (t.grad_mu.numel() == 0) return;
+  call("sample_backward", t.grad_mu, optional(t.grad_z, t.cols), optional(t.grad_kl, 1),
+       matrix(t.mu, t.cols), matrix(t.logvar, t.cols), t.seed, t.draws, t.offset, t.index,
+       t.grad_mu.view({t.batch, t.cols}), t.grad_logvar.view({t.batch, t.cols}));
+}
+
+void elbo_reduce(const ReduceTask& t) {
+  call("elbo_reduce", t.kl, t.log_likelihood, t.kl, t.weight, t.beta, t.scale, t.loss_out,
+       t.log_likelihood_out, t.kl_out);
+}
+
+void scale_rows(const Tensor& grad, const Tensor& factor) {
+  if (grad.numel() > 0) call("scale_grad", grad, grad, factor);
+}
+
 }  // namespace
 
-bool serves(const Tensor& t) { return t.is_cuda() || interpret; }
+bool interpreting() { return interpret; }
 
 bool set_interpreting(bool on) { return std::exchange(interpret, on); }
 
@@ -39,36 +95,15 @@ bool remembered(torch::autograd::AutogradContext* ctx) {
   return ctx->saved_data.count("interpret") != 0;
 }
 
-void rowwise(const char* family, const std::vector<Tensor>& inputs, const OptTensor& mask,
-             const OptTensor& weight, at::ArrayRef<double> options, double scale, int64_t batch,
-             const Tensor& value, const std::vector<Tensor>& grads, const Needs& needs) {
-  call("rowwise", value, family, inputs, mask, weight, options.vec(), scale, batch, value, grads,
-       needs);
-}
-
-void sample_forward(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples,
-                    int64_t sample_offset, const OptTensor& sample_index, const Tensor& z,
-                    const OptTensor& kl) {
-  call("sample_forward", mu, mu, logvar, seed, num_samples, sample_offset, sample_index, z, kl);
-}
-
-void sample_backward(const OptTensor& grad_z, const OptTensor& grad_kl, const Tensor& mu,
-                     const Tensor& logvar, const Tensor& seed, int64_t num_samples,
-                     int64_t sample_offset, const OptTensor& sample_index, const Tensor& grad_mu,
-                     const Tensor& grad_logvar) {
-  call("sample_backward", mu, grad_z, grad_kl, mu, logvar, seed, num_samples, sample_offset,
-       sample_index, grad_mu, grad_logvar);
-}
-
-void elbo_reduce(const Tensor& log_likelihood, const Tensor& kl, const OptTensor& weight,
-                 double beta, double scale, const Tensor& loss, const Tensor& log_likelihood_out,
-                 const Tensor& kl_out) {
-  call("elbo_reduce", kl, log_likelihood, kl, weight, beta, scale, loss, log_likelihood_out,
-       kl_out);
-}
-
-void scale_grad(const Tensor& grad, const Tensor& factor) {
-  call("scale_grad", grad, grad, factor);
-}
-
 }  // namespace fastvae::triton
+
+namespace fastvae {
+
+const DeviceKernels triton_device = {false,
+                                     triton::rowwise,
+                                     triton::sample,
+                                     triton::sample_backward,
+                                     triton::elbo_reduce,
+                                     triton::scale_rows};
+
+}  // namespace fastvae

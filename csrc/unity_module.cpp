@@ -1,6 +1,7 @@
 // What the operators stand on and how Python reaches them, compiled as one file like
 // unity_operators.cpp, beside it.
 #include "common.cpp"
+#include "device_cpu.cpp"
 #include "memory.cpp"
 #include "nonfinite.cpp"
 #include "ops.cpp"
