@@ -60,9 +60,24 @@ def _fused(family: str) -> Step:
 class Operator(NamedTuple):
     ours: Step
     eager: Step
-    domains: str  # of each input, data first: r a real number, u one in [0, 1]; upper case: data
+    domains: str  # of each input, data first (upper case), by a letter of DRAWS
 
 
+DRAWS: dict[str, Callable[[tuple[int, int]], Tensor]] = {
+    "r": torch.randn,
+    "u": torch.rand,
+    "p": lambda shape: torch.rand(shape) + 0.1,  # positive
+    "c": lambda shape: torch.poisson(0.3 * torch.rand(shape)),  # counts, most of them 0
+}
+LIKELIHOODS = {
+    "bernoulli": "Ur",
+    "bernoulli_probs": "Uu",
+    "gaussian": "Rr",
+    "gaussian_logvar": "Rrr",
+    "poisson": "Cp",
+    "negative_binomial": "Cpp",
+    "zero_inflated_negative_binomial": "Cppr",
+}
 OPERATORS = {
     "kl_divergence": Operator(
         fastvae.kl_divergence, _rows(lambda m, lv: plain.kl_divergence(m, lv)[0]), "rr"
@@ -73,10 +88,10 @@ OPERATORS = {
         lambda m, lv: _both(plain.rsample(m, lv)[0], plain.kl_divergence(*_flat(m, lv))[0]),
         "rr",
     ),
-    "bernoulli": Operator(_fused("bernoulli"), _rows(plain.bernoulli), "Ur"),
-    "bernoulli_probs": Operator(_fused("bernoulli_probs"), _rows(plain.bernoulli_probs), "Uu"),
-    "gaussian": Operator(_fused("gaussian"), _rows(plain.gaussian), "Rr"),
-    "gaussian_logvar": Operator(_fused("gaussian_logvar"), _rows(plain.gaussian_logvar), "Rrr"),
+}
+OPERATORS |= {
+    name: Operator(_fused(name), _rows(plain.LOG_LIKELIHOODS[name]), domains)
+    for name, domains in LIKELIHOODS.items()
 }
 
 
@@ -92,8 +107,7 @@ def inputs(shape: tuple[int, int], dtype: torch.dtype, layout: str, domains: str
     """Data, and parameters of which gradients are wanted."""
     tensors = []
     for domain in domains:
-        t = torch.rand(shape) if domain in "Uu" else torch.randn(shape)
-        t = LAYOUTS[layout](t.to(dtype)).detach()
+        t = LAYOUTS[layout](DRAWS[domain.lower()](shape).to(dtype)).detach()
         tensors.append(t.requires_grad_(domain.islower()))
     return tensors
 

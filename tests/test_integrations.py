@@ -269,6 +269,54 @@ def test_scvi_accelerated(likelihood: str, dispersion: str) -> None:
     np.testing.assert_allclose(our_curve, their_curve, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:We recommend using setup_mudata:DeprecationWarning")
+@pytest.mark.parametrize("name", ["TOTALVI-nb", "TOTALVI-zinb", "PEAKVI"])
+def test_other_scvi_models_accelerated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loss and gradients; the method that was replaced comes back."""
+    scvi = pytest.importorskip("scvi")
+    from fastvae.integrations.scvi import accelerate
+
+    np.random.seed(0)
+    cells = scvi.data.synthetic_iid(batch_size=60, n_genes=40)
+    kind, *likelihood = name.split("-")
+    scvi.settings.seed = 3
+    if kind == "TOTALVI":
+        scvi.model.TOTALVI.setup_anndata(
+            cells, batch_key="batch", protein_expression_obsm_key="protein_expression"
+        )
+        model = scvi.model.TOTALVI(cells, gene_likelihood=likelihood[0])
+    else:
+        scvi.model.PEAKVI.setup_anndata(cells, batch_key="batch")
+        model = scvi.model.PEAKVI(cells)
+    tensors = next(iter(model._make_data_loader(cells, batch_size=64)))
+    wanted = dict(model.module.named_parameters())
+
+    calls: list[Any] = []
+    fused = fastvae.log_likelihood
+    monkeypatch.setattr(fastvae, "log_likelihood", lambda *a: (calls.append(a), fused(*a))[1])
+
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        loss = model.module(tensors)[2].loss
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        return [loss.detach(), *(g for g in grads if g is not None)]
+
+    theirs = run()
+    undo = accelerate(model)
+    with pytest.raises(RuntimeError, match=r"get_reconstruction_loss.*already"):
+        accelerate(model.module)
+    assert not calls
+    ours = run()
+    assert len(calls) == 1
+    undo()
+    assert torch.equal(run()[0], theirs[0]) and len(calls) == 1
+    assert len(ours) == len(theirs)
+    for got, want in zip(ours, theirs, strict=True):
+        # That of a bias in front of a batch norm is 0 but for rounding of the loss's terms.
+        near = max(1e-4 * float(want.abs().max()), 1e-6 * float(theirs[0]))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=near)
+
+
 def test_scvi_accelerated_gives_the_terms_too() -> None:
     pytest.importorskip("scvi")
     from scvi.distributions import NegativeBinomial

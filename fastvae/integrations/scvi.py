@@ -7,6 +7,8 @@ model.train()
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +23,14 @@ _EPS = 1e-8  # what scvi-tools adds to its means
 def accelerate(model_or_module: Any) -> Callable[[], None]:
     """Puts fastvae's likelihoods under a model of scvi-tools, or its module, of this process.
 
-    The losses and gradients are the same to float32 rounding. Where the module's `generative`
-    returns a count distribution (gene_likelihood "zinb", "nb" or "poisson"; any dispersion), the
-    sum of its `log_prob` over the genes becomes one fused call; everything else is scvi-tools'
-    own. A dispersion per gene gets its gradient without one per cell.
+    The losses and gradients are the same to float32 rounding, and everything else is scvi-tools'
+    own. What becomes one fused call:
+
+    - where the module's `generative` returns a count distribution, as SCVI's does (gene_likelihood
+      "zinb", "nb" or "poisson"; any dispersion), the sum of its `log_prob` over the genes. A
+      dispersion per gene gets its gradient without one per cell;
+    - the same of TOTALVI's genes. Its proteins' mixture stays as it is;
+    - PEAKVI's binary cross-entropy over the regions.
 
     Args:
         model_or_module: such as ``scvi.model.SCVI(adata)``. Calls on CPU tensors and on GPUs alike.
@@ -34,19 +40,39 @@ def accelerate(model_or_module: Any) -> Callable[[], None]:
 
     Raises:
         TypeError: no module with a ``generative`` method.
-        RuntimeError: the module is accelerated already; the installed scvi-tools has not the
-            distributions that this was written for (1.4).
+        RuntimeError: the module is accelerated already; the installed scvi-tools has not what this
+            was written for (1.4).
     """
-    kinds = _kinds()
     module = getattr(model_or_module, "module", model_or_module)
     if not isinstance(module, nn.Module) or not callable(getattr(module, "generative", None)):
         raise TypeError(
             "model_or_module must be a model of scvi-tools or its module, with a `generative` "
             f"method, got {type(model_or_module).__name__}"
         )
-    if "generative" in vars(module):
-        raise RuntimeError("this module's `generative` is replaced already: accelerated before?")
+    name, replacement = _replacement(module)
+    if name in vars(module):
+        raise RuntimeError(f"this module's `{name}` is replaced already: accelerated before?")
+    vars(module)[name] = replacement
+
+    def undo() -> None:
+        vars(module).pop(name, None)
+
+    return undo
+
+
+def _replacement(module: nn.Module) -> tuple[str, Callable[..., Any]]:
+    """The method that has a likelihood in it, and that method with ours."""
+    from scvi.module import PEAKVAE, TOTALVAE
+
+    if isinstance(module, TOTALVAE):
+        return "get_reconstruction_loss", _renamed(module.get_reconstruction_loss)
+    if isinstance(module, PEAKVAE):
+        parameters = [*inspect.signature(module.get_reconstruction_loss).parameters]
+        if parameters != ["p", "d", "f", "x"]:
+            raise _moved(f"PEAKVAE.get_reconstruction_loss({', '.join(parameters)})")
+        return "get_reconstruction_loss", _peaks
     generative: Callable[..., Any] = module.generative  # type: ignore[assignment]
+    kinds = _kinds()
 
     @functools.wraps(generative)
     def accelerated(*args: Any, **kwargs: Any) -> Any:
@@ -56,28 +82,48 @@ def accelerate(model_or_module: Any) -> Callable[[], None]:
             px.__class__ = kind  # of no other state than its base
         return outputs
 
-    vars(module)["generative"] = accelerated
+    return "generative", accelerated
 
-    def undo() -> None:
-        vars(module).pop("generative", None)
 
-    return undo
+def _renamed(method: Any) -> Callable[..., Any]:
+    """The method, in which the names of scvi-tools' distributions are those of ours."""
+    function = method.__func__
+    ours = {theirs.__name__: kind for theirs, kind in _kinds().items()}
+    if not {"NegativeBinomial", "ZeroInflatedNegativeBinomial"} <= {*function.__code__.co_names}:
+        raise _moved(f"{function.__qualname__} without NegativeBinomial")
+    with_ours = types.FunctionType(
+        function.__code__,
+        function.__globals__ | ours,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return types.MethodType(with_ours, method.__self__)
+
+
+def _peaks(p: Tensor, d: Any, f: Any, x: Tensor) -> Tensor:
+    """Whether a region is open, with probability p d f: accessibility, depth, factor."""
+    return -fastvae.log_likelihood(p * d * f, x > 0, "bernoulli_probs")
+
+
+def _moved(what: str) -> RuntimeError:
+    import scvi
+
+    return RuntimeError(
+        f"scvi-tools {scvi.__version__} has {what}: fastvae.integrations.scvi was written for 1.4"
+    )
 
 
 @functools.cache
 def _kinds() -> dict[type, type]:
     """Of scvi-tools' distributions, ours."""
-    import scvi
     from scvi import distributions as theirs
 
     def checked(name: str, *attributes: str) -> Any:
         kind = getattr(theirs, name, None)
         code = getattr(getattr(kind, "__init__", None), "__code__", None)
         if code is None or not set(attributes) <= set(code.co_varnames):
-            raise RuntimeError(
-                f"scvi-tools {scvi.__version__} has no scvi.distributions.{name} with "
-                f"{', '.join(attributes)}: fastvae.integrations.scvi was written for 1.4"
-            )
+            raise _moved(f"no scvi.distributions.{name} with {', '.join(attributes)}")
         return kind
 
     def fused(base: Any, likelihood: Likelihood, names: tuple[str, ...]) -> type:
