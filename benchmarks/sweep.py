@@ -20,7 +20,7 @@ from benchmarks import plain, report
 
 WIDTHS = [1, 2, 3, 5, 8, 16, 31, 64, 784, 20_000]
 BATCHES = [1, 16, 256, 4096, 32_768, 262_144]
-ELEMENTS = 4096, 1 << 22
+LEAST, MOST = 4096, 1 << 22  # elements
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 Step = Callable[..., Tensor]  # of tensors alike; the value of each row
@@ -132,11 +132,11 @@ def ratio(operator: Operator, tensors: list[Tensor], seconds: float) -> float:
     return eager / ours
 
 
-def cases() -> Iterator[tuple[str, tuple[int, int], torch.dtype, str]]:
+def cases(most: int) -> Iterator[tuple[str, tuple[int, int], torch.dtype, str]]:
     for name, width, batch, dtype, layout in itertools.product(
         OPERATORS, WIDTHS, BATCHES, DTYPES, LAYOUTS
     ):
-        fits = ELEMENTS[0] <= width * batch <= ELEMENTS[1]
+        fits = LEAST <= width * batch <= most
         if fits and (layout != "channels_last" or batch % 16 == 0):
             yield name, (batch, width), dtype, layout
 
@@ -145,11 +145,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.05, help="of rounds, for each case")
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--most", type=int, default=MOST, help="elements")
     parser.add_argument("--worst", type=int, default=20, help="how many to print")
     args = parser.parse_args()
     print(report.environment())
     found = []
-    for name, shape, dtype, layout in cases():
+    for name, shape, dtype, layout in cases(args.most):
         label = f"{name} {shape[0]}x{shape[1]} {str(dtype)[6:]} {layout}"
         if args.only in label:
             operator = OPERATORS[name]
