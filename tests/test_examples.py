@@ -1,4 +1,4 @@
-"""The examples with other libraries run and learn. What they compute: test_integrations.py."""
+"""The examples run and learn. What those with other libraries compute: test_integrations.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn", reason="the examples train on its digits")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,6 +104,55 @@ def test_scvi_runs() -> None:
     figures = load("scvi_module").main(["--epochs", "3", "--cells", "100", "--samples", "20"])
     assert figures["loss"] < figures["first_loss"] - 1
     assert figures["log_px"] > -figures["loss"]  # Jensen: many samples are a tighter bound
+
+
+def test_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need("matplotlib")
+    picture = tmp_path / "counts.png"
+    arguments = ["--words", "200", "--epochs", "15", "--samples", "50", "--plot", str(picture)]
+    families = load("counts").main(arguments)
+    printed = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(families) == 4
+    for found in families.values():
+        assert found["loss"] < 0.95 * found["first_loss"]
+        assert found["elbo"] < found["log_px"] < 0  # Jensen; no probability exceeds 1
+        assert f"{found['log_px']:.1f} ±" in printed
+    # Words come in bursts: of the variance that Poisson lacks, the negative binomial has the most.
+    for name in ("Poisson", "Gaussian on log1p(x)"):
+        assert families[name]["gain"] < -4 * families[name]["gain_error"]
+        assert families[name]["zeros"] < families["negative binomial"]["zeros"]
+
+
+@pytest.mark.parametrize("name", ["Gaussian", "Poisson", "NegativeBinomial", "ZeroInflated"])
+def test_a_family_of_counts(name: str) -> None:
+    """Its probabilities sum to 1 over the integers, and its draws have them."""
+    need("matplotlib")
+    example = load("counts")
+    family = getattr(example, name)(1).requires_grad_(False)
+    for parameter in family.parameters():
+        parameter.fill_(-0.5)
+    n = 20_000
+    rate, size = torch.full((n, 1), 3.0), torch.full((n,), 0.8)
+    integers = example.Files(torch.arange(n)[:, None].float(), size)
+    p = family.log_prob(rate, integers).exp().double()
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    drawn = family.sample(rate, size).long().flatten().bincount(minlength=12)[:12] / n
+    error = (p * (1 - p) / n).sqrt()[:12]
+    assert ((drawn - p[:12]).abs() < 5 * error).all()
+
+
+def test_the_mass_of_a_count_far_from_the_mean() -> None:
+    """Its logarithm is right where the normal's cdf rounds to 0 or to 1."""
+    need("matplotlib")
+    log_mass, log_ndtr = load("counts").log_mass, torch.special.log_ndtr
+    x, mean = torch.tensor([0.0, 0.0, 5.0, 1e6]), torch.tensor([30.0, -30.0, 60.0, 0.0])
+    found = log_mass(x, mean, torch.zeros(4))
+    edge = math.log(1.5)  # of what rounds to 0
+    below, above = log_ndtr(torch.tensor([edge - 30, -edge - 30], dtype=torch.float64))
+    expected = torch.stack([below, -above.exp()])  # ln(1 − t) = −t for a t as small as this
+    torch.testing.assert_close(found[:2], expected, rtol=1e-12, atol=0)
+    assert found[2:].isfinite().all() and (found[2:] < -100).all()
 
 
 def test_pyro_runs() -> None:
