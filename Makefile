@@ -34,7 +34,7 @@ test-range:
 	tar xzf $(RANGE)/fastvae-*.tar.gz --strip-components 1 --directory $(RANGE)/source
 	cd $(RANGE)/source && ../bin/python setup.py --quiet build_ext --inplace
 	cd $(RANGE)/source && ../bin/python -m pytest --numprocesses 2 --dist loadfile --products all -k "not triton" \
-	  $(foreach t,aot benchmarks_gpu demo docs examples integrations,--ignore tests/test_$(t).py)
+	  $(foreach t,aot benchmarks_gpu contributing demo docs examples integrations,--ignore tests/test_$(t).py)
 
 check-floor:  # every source against the oldest torch's headers; its wheel has 0.9 GB
 	rm -rf build/floor

@@ -163,7 +163,7 @@ def log_likelihood(
         recon: what the decoder gives: a tensor, or one tensor per parameter of the family. The
             first has shape [B, *event] or [K, B, *event]; the others broadcast to it. x is never
             expanded to K.
-        x: targets, [B, *event]; floating, uint8 or bool.
+        x: targets, [B, *event]; floating, uint8 or bool; of counts any integer.
         likelihood: a name in ``fastvae.likelihoods.registry`` or an object.
         mask: bool, broadcastable to x. False leaves the element out: value and gradient are 0
             whatever is stored there.

@@ -338,10 +338,7 @@ def test_numpys_numbers_are_numbers(scale: Any) -> None:
 
 
 MAKERS: dict[str, Callable[..., Any]] = {
-    "Gaussian": Gaussian,
-    "BernoulliProbs": BernoulliProbs,
-    "ELBOLoss": fastvae.ELBOLoss,
-    "get": likelihoods.get,
+    f.__name__: f for f in (Gaussian, BernoulliProbs, fastvae.ELBOLoss, likelihoods.get)
 }
 MADE = {
     "Gaussian": [

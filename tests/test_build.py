@@ -68,7 +68,8 @@ def test_every_family_has_an_oracle_and_awkward_inputs() -> None:
     assert {family.name for family in FAMILIES.values()} == set(registry)
 
 
-NUMERICS = ("likelihood", "latent", "sampling", "vec", "extremes")
+NUMERICS = ("likelihood", "likelihood_gradients", "latent", "kl_divergence", "sampling")
+NUMERICS += ("vec", "extremes")
 CHOSEN = {
     "every_formula": "cpp and (contiguous or extremes)",
     "everything": "not eager and not triton",

@@ -61,7 +61,7 @@ def test_a_family_is_added_by_the_steps_alone(tmp_path: Path) -> None:
         copy(ROOT / part, tmp_path / part, **({"ignore": BUILT} if copy is shutil.copytree else {}))
     for step in steps():
         take(step, tmp_path)
-    compiler = tmp_path / "quick-c++"  # what runs is as right; what compiles, in a third of the time
+    compiler = tmp_path / "quick-c++"  # its code is as right, in half the time
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O1\n')
     compiler.chmod(0o755)
     built = run(tmp_path, "setup.py", "--quiet", "build_ext", "--inplace", CXX=str(compiler))
