@@ -1,6 +1,7 @@
 // What every formula shares. A formula is a struct with its name, a table of inputs, its number of
 // options, and a function on lanes V: values in, value and gradients out. It sees no pointer, mask
-// or dtype. The vocabulary it calls (exp, log1p, select, ...) is included before it: cpu/compounds.h.
+// or dtype. The vocabulary it calls (exp, log1p, select, ...) is included before it:
+// cpu/compounds.h.
 #pragma once
 
 #include <iterator>
