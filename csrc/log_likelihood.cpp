@@ -84,12 +84,13 @@ Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call&
   ctx->save_for_backward(std::move(saved));
   // What differs from step to step stands alone, so that compiled autograd makes it an argument;
   // the rest in one entry, for each costs an allocation.
-  std::vector<double> fixed{static_cast<double>(call.spec.formula),
-                            static_cast<double>(inputs.size()), static_cast<double>(call.recompute),
-                            static_cast<double>(call.kl_type), static_cast<double>(call.overwrite)};
-  fixed.insert(fixed.end(), call.needs.begin(), call.needs.end());
-  fixed.insert(fixed.end(), call.spec.options.begin(), call.spec.options.end());
-  ctx->saved_data["call"] = std::move(fixed);
+  std::vector<double> packed{static_cast<double>(call.spec.formula),
+                             static_cast<double>(inputs.size()),
+                             static_cast<double>(call.recompute), static_cast<double>(call.kl_type),
+                             static_cast<double>(call.overwrite)};
+  packed.insert(packed.end(), call.needs.begin(), call.needs.end());
+  packed.insert(packed.end(), call.spec.options.begin(), call.spec.options.end());
+  ctx->saved_data["call"] = std::move(packed);
   ctx->saved_data["scale"] = call.scale;
   ctx->saved_data["kl_scale"] = call.kl_scale;
   return value;
@@ -98,15 +99,15 @@ Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call&
 Saved load_saved(AutogradContext* ctx) {
   Saved saved;
   Call& call = saved.call;
-  const auto fixed = ctx->saved_data["call"].toDoubleVector();
-  call.spec.formula = static_cast<int>(fixed[0]);
-  const auto count = static_cast<size_t>(fixed[1]);
-  call.recompute = fixed[2] != 0;
-  call.kl_type = static_cast<at::ScalarType>(fixed[3]);
-  call.overwrite = fixed[4] != 0;
-  const auto needs = fixed.begin() + 5, options = needs + count;
+  const auto packed = ctx->saved_data["call"].toDoubleVector();
+  call.spec.formula = static_cast<int>(packed[0]);
+  const auto count = static_cast<size_t>(packed[1]);
+  call.recompute = packed[2] != 0;
+  call.kl_type = static_cast<at::ScalarType>(packed[3]);
+  call.overwrite = packed[4] != 0;
+  const auto needs = packed.begin() + 5, options = needs + count;
   call.needs.assign(needs, options);
-  call.spec.options.assign(options, fixed.end());
+  call.spec.options.assign(options, packed.end());
   call.scale = ctx->saved_data["scale"].toDouble();
   call.kl_scale = ctx->saved_data["kl_scale"].toDouble();
   variable_list tensors = ctx->get_saved_variables();

@@ -55,7 +55,7 @@ unsigned rowwise(const RowTask& task) {
   call("rowwise", task.value, formula_name(task.spec.formula), views, mask,
        optional(task.weight, 1), task.spec.options, task.scale, task.batch,
        task.value.view({task.rows}), grads, needs);
-  for (const auto& [sum, dense] : summed) at::sum_out(const_cast<Tensor&>(sum), dense, 0);
+  for (auto& [sum, dense] : summed) at::sum_out(sum, dense, 0);
   return 0;
 }
 

@@ -32,9 +32,9 @@ inline void with_dtype(DType dtype, Fn&& fn) {
 }
 
 template <class T>
-constexpr DType dtype_of = std::is_same_v<T, double>  ? DType::f64
-                           : std::is_same_v<T, float> ? DType::f32
-                                                      : DType::bf16;
+constexpr DType dtype_v = std::is_same_v<T, double>  ? DType::f64
+                          : std::is_same_v<T, float> ? DType::f32
+                                                     : DType::bf16;
 
 // buffer = source in the compute type. ATen's own conversion is scalar from 16-bit types.
 template <class T, class S>
@@ -100,7 +100,7 @@ template <class T>
 inline const T* load_tile(const Operand& x, const Tile& t, T* buffer) {
   const bool whole = end_to_end(x, t);
   const int64_t first = t.row % x.period * x.row_stride + t.col * x.col_stride;
-  if (whole && x.dtype == dtype_of<T>) return static_cast<const T*>(x.data) + first;
+  if (whole && x.dtype == dtype_v<T>) return static_cast<const T*>(x.data) + first;
   if constexpr (std::is_floating_point_v<T>) {
     with_dtype(x.dtype, [&](auto s) {
       const auto* data = static_cast<const decltype(s)*>(x.data);
@@ -113,13 +113,13 @@ inline const T* load_tile(const Operand& x, const Tile& t, T* buffer) {
 // Where a tile of an output is written: in place, or in `buffer` until store_tile converts it.
 template <class T>
 inline T* output_tile(const Output& y, int64_t start, T* buffer) {
-  return y.dtype == dtype_of<T> ? static_cast<T*>(y.data) + start : buffer;
+  return y.dtype == dtype_v<T> ? static_cast<T*>(y.data) + start : buffer;
 }
 
 template <class T>
 inline void store_tile(const Output& y, int64_t start, int64_t n, const T* values) {
   if constexpr (std::is_floating_point_v<T>) {
-    if (y.dtype == dtype_of<T>) return;
+    if (y.dtype == dtype_v<T>) return;
     with_dtype(y.dtype, [&](auto s) {
       using S = decltype(s);
       if constexpr (!std::is_integral_v<S>)  // no gradient is
