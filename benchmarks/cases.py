@@ -138,9 +138,9 @@ def log_likelihood_case(family: str, shape: Shape, target: Target) -> Case:
         x, recon = likelihood.sample_inputs(size)
         inputs = dict(zip(("x", *likelihood.param_names), (x, *recon), strict=True))
         inputs = {k: t.to(*target).requires_grad_(k != "x") for k, t in inputs.items()}
-        n, count = shape.batch * shape.pixels, len(recon)
+        params = sum(t.numel() for t in recon)
         upstream = (mean_gradient(shape, target, -1),)
-        return Problem(inputs, upstream, (1 + count) * n, (1 + 2 * count) * n)
+        return Problem(inputs, upstream, x.numel() + params, x.numel() + 2 * params)
 
     def run(x: Tensor, backend: str = "auto", **parameters: Tensor) -> tuple[Tensor]:
         recon = tuple(parameters.values())

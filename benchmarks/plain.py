@@ -91,6 +91,11 @@ def zero_inflated_negative_binomial(
     return (zero + (x > eps).to(x.dtype) * other).sum(1)
 
 
+def categorical(x: Tensor, logits: Tensor) -> Tensor:
+    value = -F.cross_entropy(logits, x.long(), reduction="none")
+    return value.flatten(1).sum(1) if value.dim() > 1 else value
+
+
 LOG_LIKELIHOODS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
@@ -101,5 +106,6 @@ LOG_LIKELIHOODS: dict[str, Callable[..., Tensor]] = {
         poisson,
         negative_binomial,
         zero_inflated_negative_binomial,
+        categorical,
     )
 }

@@ -68,6 +68,7 @@ DRAWS: dict[str, Callable[[tuple[int, int]], Tensor]] = {
     "u": torch.rand,
     "p": lambda shape: torch.rand(shape) + 0.1,  # positive
     "c": lambda shape: torch.poisson(0.3 * torch.rand(shape)),  # counts, most of them 0
+    "i": lambda shape: torch.randint(shape[1], shape),  # of the columns one
 }
 LIKELIHOODS = {
     "bernoulli": "Ur",
@@ -93,6 +94,11 @@ OPERATORS |= {
     name: Operator(_fused(name), _rows(plain.LOG_LIKELIHOODS[name]), domains)
     for name, domains in LIKELIHOODS.items()
 }
+OPERATORS["categorical"] = Operator(  # the columns are the classes: one x for all of them
+    lambda x, logits: fastvae.log_likelihood(logits, x.select(1, 0), "categorical"),
+    lambda x, logits: plain.categorical(x.select(1, 0), logits),
+    "Ir",
+)
 
 
 def _flat(*tensors: Tensor) -> list[Tensor]:
@@ -107,7 +113,8 @@ def inputs(shape: tuple[int, int], dtype: torch.dtype, layout: str, domains: str
     """Data, and parameters of which gradients are wanted."""
     tensors = []
     for domain in domains:
-        t = LAYOUTS[layout](DRAWS[domain.lower()](shape).to(dtype)).detach()
+        drawn = DRAWS[domain.lower()](shape)
+        t = LAYOUTS[layout](drawn.to(dtype) if drawn.is_floating_point() else drawn).detach()
         tensors.append(t.requires_grad_(domain.islower()))
     return tensors
 

@@ -139,4 +139,19 @@ RowOperand as_rows(const Tensor& t, int64_t lead, bool can_step) {
   return r;
 }
 
+RowOperand as_sites(const Tensor& t, int64_t lead, at::IntArrayRef event_order) {
+  RowOperand r{permute_event(t, event_order), {}};
+  const auto row_stride = [&] { return merged_stride(r.storage, 0, lead); };
+  const auto step = [&] { return merged_stride(r.storage, lead + 1, t.dim()); };
+  if (!row_stride() || !step()) r.storage = r.storage.contiguous();
+  r.operand.data = r.storage.const_data_ptr();
+  r.operand.dtype = dtype_of(t);
+  r.operand.row_stride = *row_stride();
+  r.operand.col_stride = *step();
+  r.operand.period = std::max<int64_t>(1, product(t.sizes().slice(0, lead)));
+  r.operand.planes = t.size(lead);
+  r.operand.plane_stride = r.storage.stride(lead);
+  return r;
+}
+
 }  // namespace fastvae

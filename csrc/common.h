@@ -84,9 +84,13 @@ struct RowOperand {
   Operand operand;
 };
 
-// The operand as a view [period, cols]; a column stride of 0 repeats one element.
-inline Tensor matrix(const RowOperand& r, int64_t cols) {
+// The operand as a view [period, cols], or with planes [period, planes, cols]; a column stride of 0
+// repeats one element.
+inline Tensor matrix(const RowOperand& r, int64_t cols, bool planes = false) {
   const Operand& o = r.operand;
+  if (planes)
+    return r.storage.as_strided({o.period, o.planes, cols},
+                                {o.row_stride, o.plane_stride, o.col_stride});
   return r.storage.as_strided({o.period, cols}, {o.row_stride, o.col_stride});
 }
 
@@ -106,6 +110,10 @@ Tensor empty_event(at::IntArrayRef sizes, at::IntArrayRef order, at::ScalarType 
 // contiguous or one repeated element; nor, where the kernel can step, where they are few and lie
 // at equal distances.
 RowOperand as_rows(const Tensor& t, int64_t lead, bool can_step = false);
+
+// `t` [rows..., planes, *event] with its first `lead` dimensions as rows and those of the event, in
+// that order, as columns. No copy where rows and columns each have one stride.
+RowOperand as_sites(const Tensor& t, int64_t lead, at::IntArrayRef event_order);
 
 // out[r] = Σ over the parts of r, in order: partial[r][part], or of a column partial[part][r].
 void sum_parts(const double* partial, int64_t parts, const Tensor& out, bool by_column = false);

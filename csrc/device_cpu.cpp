@@ -1,5 +1,6 @@
 // The CPU's kernels as the operators see them: tasks become pointers, partial sums are added up.
 #include "device_kernels.h"
+#include "formulas/all.h"
 #include "triton.h"
 
 namespace fastvae {
@@ -19,6 +20,23 @@ struct Parts {
         values(new double[this->out.numel() * count]) {}
 };
 
+// Whether a site's planes lie end to end, and are so many that a vector of them is worth it.
+bool reads_across_planes(const RowTask& task) {
+  bool across = false;
+  with_formula(task.spec.formula, [&](auto f) {
+    using F = decltype(f);
+    across = across_planes<F>;
+    for (int j = 0; j < inputs_of<F>; ++j) {
+      const Operand& in = task.in[j].operand;
+      const auto& [out, along, planes_last] = task.grads[j];
+      if (F::inputs[j].planes == 1) continue;
+      across &= in.plane_stride == 1 && in.planes >= many_planes;
+      across &= !out.defined() || planes_last || task.cols == 1;
+    }
+  });
+  return across;
+}
+
 unsigned rowwise_cpu(const RowTask& task) {
   unsigned outside = 0;
   RowwiseArgs a{};
@@ -36,7 +54,11 @@ unsigned rowwise_cpu(const RowTask& task) {
     a.want_grad |= task.grads[j].out.defined();
     a.by_column |= task.grads[j].along == Along::columns;
   }
-  const Units units(a.rows, a.cols, a.by_column);
+  if (task.sites) {
+    a.across_planes = reads_across_planes(task);
+    a.sites = sites_at_once(task.in[1].operand.planes, a.across_planes);
+  }
+  const Units units(a.rows, a.cols, a.by_column, a.sites);
   std::vector<Parts> parts;
   const auto in_parts = [&](const Tensor& out, int64_t count, bool by_column) {
     return parts.emplace_back(out, count, by_column).values.get();
@@ -46,9 +68,9 @@ unsigned rowwise_cpu(const RowTask& task) {
   };
   a.sum[0] = along_rows(task.value);
   for (int j = 0; j < max_inputs; ++j) {
-    const auto& [out, along] = task.grads[j];
+    const auto& [out, along, planes_last] = task.grads[j];
     if (!out.defined()) continue;
-    if (along == Along::both) a.grad[j] = {out.mutable_data_ptr(), dtype_of(out)};
+    if (along == Along::both) a.grad[j] = {out.mutable_data_ptr(), dtype_of(out), planes_last};
     if (along == Along::rows) a.sum[1 + j] = along_rows(out);
     if (along == Along::columns) a.columns[j] = in_parts(dense_rows(out, 1), units.blocks, true);
   }

@@ -6,13 +6,16 @@
 
 namespace fastvae {
 
-// A formula's rows, as matrices [rows, cols] with the columns in an order that all share.
+// A formula's rows, as matrices [rows, cols] with the columns in an order that all share; what has
+// planes is [rows, planes, cols].
 struct RowTask {
   struct Gradient {
     Tensor out;  // both: dense, rows one behind the other; rows: [rows, 1]; columns: [1, cols]
     Along along = Along::both;
+    bool planes_last = false;  // of sites: [rows, cols, planes], else [rows, planes, cols]
   };
   const Spec& spec;
+  bool sites;                 // of a formula with planes
   int64_t rows, cols, batch;  // row r is one of sample r mod batch
   double scale;               // of the gradients, as is the row's weight
   RowOperand in[max_inputs], mask, weight;

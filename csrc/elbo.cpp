@@ -160,9 +160,8 @@ bool is_functions_view(const Tensor& t) {
 // Whether the parameters can be overwritten by their gradients; ValueError where that would destroy
 // something of the user's, false where there is nothing to gain.
 bool may_overwrite(const Call& call, at::TensorList inputs, const Tensor& kl, Reduction reduction) {
-  const int64_t lead = inputs[1].dim() - inputs[0].dim() + 1;
   for (size_t j = 2; reduction == Reduction::none && j < inputs.size(); ++j)
-    if (varies_along(inputs[j], inputs[1], lead) == Along::columns)
+    if (varies_along(call.spec, inputs, j) == Along::columns)
       return false;  // its gradient may have to be computed with the rows' factors
   if (call.recompute ||
       std::find(call.needs.begin() + 1, call.needs.end(), true) == call.needs.end())
@@ -175,7 +174,7 @@ bool may_overwrite(const Call& call, at::TensorList inputs, const Tensor& kl, Re
   for (size_t j = 1; j < inputs.size(); ++j) {
     const Tensor& t = inputs[j];
     if (!is_plain(t)) return false;
-    if (!call.needs[j] || t.sizes() != inputs[1].sizes()) continue;
+    if (!call.needs[j] || varies_along(call.spec, inputs, j) != Along::both) continue;
     check(!t.is_leaf() && !(t.is_view() && t._base().is_leaf()), j,
           "is a leaf or a view of one: an optimizer's or your own data");
     check(!is_functions_view(t), j,
@@ -203,8 +202,8 @@ Terms elbo_routed(const Tensor& x, at::TensorList params, const Tensor& kl, c10:
   Call call = make_call(make_spec(family, options, inputs.size()), inputs, mask);
   const double c = row_scale(parse_reduction(reduction), x);
   // Traced, size() would make constants of the other dimensions too.
-  const int64_t samples =
-      params[0].dim() > x.dim() ? params[0].sym_size(0).guard_int(__FILE__, __LINE__) : 1;
+  const bool sampled = row_dims(call.spec, inputs) > 1;
+  const int64_t samples = sampled ? params[0].sym_size(0).guard_int(__FILE__, __LINE__) : 1;
   call.weight = weight;
   call.scale = -c / static_cast<double>(samples);
   call.kl_scale = c * beta;

@@ -68,7 +68,7 @@ Tensor forward_and_save(AutogradContext* ctx, at::TensorList inputs, const Call&
     value = std::move(r.value), grads = std::move(r.grads);
     // Whoever saved what was there before, the decoder's last op for one, is told so in backward.
     for (size_t j = 1; j < inputs.size(); ++j)
-      if (call.needs[j] && inputs[j].sizes() == inputs[1].sizes())
+      if (call.needs[j] && varies_along(call.spec, inputs, j) == Along::both)
         inputs[j].unsafeGetTensorImpl()->bump_version();
   } else {
     std::tie(value, grads) =
@@ -141,16 +141,11 @@ bool is_one_factor(const Tensor& upstream) {
   return upstream.dim() == 0 || (is_plain(upstream) && is_one_number(upstream));
 }
 
-Along along(const Saved& saved, size_t j) {
-  if (j == 0) return Along::both;
-  const Tensor& full = saved.inputs[1];
-  return varies_along(saved.inputs[j], full, full.dim() - saved.inputs[0].dim() + 1);
-}
-
 // Whether a gradient is summed over the rows: then it must know each row's factor beforehand.
 bool sums_rows(const Saved& saved) {
   for (size_t j = 1; j < saved.inputs.size(); ++j)
-    if (saved.call.needs[j] && along(saved, j) == Along::columns) return true;
+    if (saved.call.needs[j] && varies_along(saved.call.spec, saved.inputs, j) == Along::columns)
+      return true;
   return false;
 }
 
@@ -181,23 +176,23 @@ variable_list likelihood_grads(const Saved& saved, const Tensor& upstream) {
     // On a GPU the kernel looks whether the factor is one: the host would have to wait for it.
     const bool one =
         plain && device.host && is_one_number(upstream) && scalar_value(upstream) == 1.0;
-    const int64_t event = saved.inputs[0].dim() - 1;
+    const int64_t lead = row_dims(call.spec, saved.inputs);
     for (size_t j = 0, k = 0; j < count; ++j) {
       if (!call.needs[j]) continue;
       const Tensor& grad = saved.grads[k++];
       // What is summed over the rows has one factor.
-      const bool summed = along(saved, j) == Along::columns;
+      const bool summed = varies_along(call.spec, saved.inputs, j) == Along::columns;
       if (one && only_ours(grad)) {
         grads.push_back(grad);
       } else if (plain && only_ours(grad)) {
-        const auto rows = grad.sizes().slice(0, grad.dim() - event);
+        const auto rows = grad.sizes().slice(0, lead);
         const Tensor factor =
             summed ? upstream.flatten().slice(0, 0, 1) : upstream.expand(rows).flatten();
         device.scale_rows(dense_rows(grad, factor.numel()), factor);
         grads.push_back(grad);
       } else {
         const Tensor factor = summed ? upstream.flatten().slice(0, 0, 1).reshape({})
-                                     : unsqueeze_event(upstream, event);
+                                     : unsqueeze_event(upstream, grad.dim() - lead);
         grads.push_back(at::where(factor == 0, 0, grad * factor).to(grad.scalar_type()));
       }
     }

@@ -48,7 +48,30 @@ bool has_derivative(const Spec& spec, size_t input) {
   return has;
 }
 
-Along varies_along(const Tensor& t, const Tensor& full, int64_t lead) {
+namespace {
+
+bool is_of_sites(const Spec& spec) {
+  bool is = false;
+  with_formula(spec.formula, [&](auto f) { is = has_planes<decltype(f)>; });
+  return is;
+}
+
+}  // namespace
+
+int64_t row_dims(const Spec& spec, at::TensorList inputs) {
+  int64_t dims = 0;
+  with_formula(spec.formula, [&](auto f) {
+    using F = decltype(f);
+    const int64_t event = inputs[0].dim() - 1 - (F::inputs[0].planes != 1);
+    dims = inputs[1].dim() - event - (F::inputs[1].planes != 1);
+  });
+  return dims;
+}
+
+Along varies_along(const Spec& spec, at::TensorList inputs, size_t j) {
+  if (j == 0 || is_of_sites(spec)) return Along::both;
+  const Tensor &t = inputs[j], &full = inputs[1];
+  const int64_t lead = row_dims(spec, inputs);
   const auto all_one = [&](int64_t first, int64_t last) {
     for (int64_t d = first; d < last; ++d)
       if (t.sym_size(d) != 1) return false;
@@ -61,50 +84,91 @@ Along varies_along(const Tensor& t, const Tensor& full, int64_t lead) {
 
 namespace {
 
+template <class F>
+void check_shapes(const Spec& spec, at::TensorList inputs) {
+  const Tensor &x = inputs[0], &full = inputs[1];
+  const int64_t event = x.dim() - 1, lead = full.dim() - event;
+  TORCH_CHECK_VALUE(
+      event >= 0 && (lead == 1 || lead == 2) && full.sizes().slice(lead - 1) == x.sizes(),
+      F::inputs[0].name, " must have the shape of ", F::inputs[1].name,
+      ", with or without a leading sample dimension, got ", x.sizes(), " and ", full.sizes());
+  TORCH_CHECK_VALUE(lead == 1 || full.size(0) > 0, F::inputs[1].name,
+                    " must hold at least one sample, got ", full.sizes());
+  for (int j = 1; j < inputs_of<F>; ++j) {
+    const Tensor& t = inputs[j];
+    bool per_row = t.numel() == 1 && t.dim() <= full.dim();
+    if (!per_row && t.dim() == full.dim()) {
+      per_row = t.sizes().slice(0, lead) == full.sizes().slice(0, lead);
+      for (int64_t d = lead; d < full.dim(); ++d) per_row = per_row && t.size(d) == 1;
+    }
+    const bool per_column = t.dim() == full.dim() &&
+                            t.sizes().slice(lead) == full.sizes().slice(lead) &&
+                            varies_along(spec, inputs, j) == Along::columns;
+    TORCH_CHECK_VALUE((j > 1 && (per_row || per_column)) || t.sizes() == full.sizes(),
+                      F::inputs[j].name, " must have shape ", full.sizes(),
+                      " or be constant along each row or column, got ", t.sizes());
+  }
+}
+
+// x [B, *event], every parameter [rows..., planes, *event]; what has one plane has no dimension for
+// it.
+template <class F>
+void check_site_shapes(const Spec& spec, at::TensorList inputs) {
+  const Tensor& x = inputs[0];
+  const int64_t of_x = F::inputs[0].planes != 1, lead = row_dims(spec, inputs);
+  TORCH_CHECK_VALUE(x.dim() > of_x && (lead == 1 || lead == 2), F::inputs[1].name,
+                    " must have a dimension for its planes behind the batch, and may have a sample "
+                    "dimension before it, got ",
+                    inputs[1].sizes(), " beside ", F::inputs[0].name, " ", x.sizes());
+  std::vector<int64_t> rows = inputs[1].sizes().slice(0, lead).vec();
+  TORCH_CHECK_VALUE(lead == 1 || rows[0] > 0, F::inputs[1].name,
+                    " must hold at least one sample, got ", inputs[1].sizes());
+  rows.back() = x.size(0);
+  for (int j = 0; j < inputs_of<F>; ++j) {
+    const auto [name, domain, role, planes] = F::inputs[j];
+    const auto sizes = inputs[j].sizes();
+    std::vector<int64_t> wanted = rows;
+    if (j == 0) wanted = {x.size(0)};
+    const size_t at = wanted.size();
+    const bool own = planes == 0 && sizes.size() > at && sizes[at] > 0;
+    if (planes != 1) wanted.push_back(own ? sizes[at] : std::max(planes, 1));
+    for (const int64_t n : x.sizes().slice(1 + of_x)) wanted.push_back(n);
+    TORCH_CHECK_VALUE(sizes == at::IntArrayRef(wanted), name, " must have shape ",
+                      at::IntArrayRef(wanted), planes == 0 ? " with any number of planes" : "",
+                      ", got ", sizes);
+  }
+}
+
 void check_inputs(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                   const OptTensor& weight) {
   with_formula(spec.formula, [&](auto f) {
     using F = decltype(f);
-    const Tensor &x = inputs[0], &full = inputs[1];
+    const Tensor& x = inputs[0];
     for (int j = 0; j < inputs_of<F>; ++j) {
-      check_dense(inputs[j], F::inputs[j].name);
+      const auto [name, domain, role, planes] = F::inputs[j];
+      check_dense(inputs[j], name);
       const auto type = inputs[j].scalar_type();
-      const bool whole = F::inputs[j].domain == Domain::count && at::isIntegralType(type, false);
+      const bool whole =
+          (domain == Domain::count || domain == Domain::index) && at::isIntegralType(type, false);
       if (j > 0 || (!whole && type != at::kByte && type != at::kBool))
-        check_floating(inputs[j], F::inputs[j].name);
+        check_floating(inputs[j], name);
     }
-    const int64_t event = x.dim() - 1, lead = full.dim() - event;
-    TORCH_CHECK_VALUE(
-        event >= 0 && (lead == 1 || lead == 2) && full.sizes().slice(lead - 1) == x.sizes(),
-        F::inputs[0].name, " must have the shape of ", F::inputs[1].name,
-        ", with or without a leading sample dimension, got ", x.sizes(), " and ", full.sizes());
-    TORCH_CHECK_VALUE(lead == 1 || full.size(0) > 0, F::inputs[1].name,
-                      " must hold at least one sample, got ", full.sizes());
-    for (int j = 1; j < inputs_of<F>; ++j) {
-      const Tensor& t = inputs[j];
-      bool per_row = t.numel() == 1 && t.dim() <= full.dim();
-      if (!per_row && t.dim() == full.dim()) {
-        per_row = t.sizes().slice(0, lead) == full.sizes().slice(0, lead);
-        for (int64_t d = lead; d < full.dim(); ++d) per_row = per_row && t.size(d) == 1;
-      }
-      const bool per_column = t.dim() == full.dim() &&
-                              t.sizes().slice(lead) == full.sizes().slice(lead) &&
-                              varies_along(t, full, lead) == Along::columns;
-      TORCH_CHECK_VALUE((j > 1 && (per_row || per_column)) || t.sizes() == full.sizes(),
-                        F::inputs[j].name, " must have shape ", full.sizes(),
-                        " or be constant along each row or column, got ", t.sizes());
-    }
+    if constexpr (has_planes<F>)
+      check_site_shapes<F>(spec, inputs);
+    else
+      check_shapes<F>(spec, inputs);
+    const auto rows = inputs[1].sizes().slice(0, row_dims(spec, inputs));
     if (mask) {
       check_dense(*mask, "mask");
       TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask must be bool, got ",
                        mask->scalar_type());
-      check_same_shape(*mask, "mask", x, F::inputs[0].name);
+      check_same_shape(*mask, "mask", F::inputs[0].planes == 1 ? x : x.select(1, 0),
+                       F::inputs[0].name);
     }
     if (weight) {
       check_dense(*weight, "weight");
       check_floating(*weight, "weight");
-      TORCH_CHECK_VALUE(weight->sizes() == x.sizes().slice(0, 1) ||
-                            weight->sizes() == full.sizes().slice(0, lead),
+      TORCH_CHECK_VALUE(weight->sizes() == x.sizes().slice(0, 1) || weight->sizes() == rows,
                         "weight must have shape [", x.size(0), "] or that of the rows, got ",
                         weight->sizes());
     }
@@ -139,7 +203,8 @@ const char* way_into_unit(double low, double high, bool data) {
   return "";
 }
 
-const char* words(Domain domain) {
+// What a value must; `planes` as many as the first parameter has.
+std::string words(Domain domain, int64_t planes) {
   switch (domain) {
     case Domain::real:
       return "be a number";
@@ -151,8 +216,17 @@ const char* words(Domain domain) {
       return "be above 0";
     case Domain::count:
       return "hold counts (0, 1, 2, …)";
+    case Domain::index:
+      return "hold whole numbers from 0 to " + std::to_string(planes - 1);
   }
   __builtin_unreachable();
+}
+
+// What to do about those in [low, high].
+const char* way_into(Domain domain, double low, double high, bool data) {
+  if (domain == Domain::unit) return way_into_unit(low, high, data);
+  if (domain == Domain::index && low < 0) return ": ignore_index leaves such elements out";
+  return "";
 }
 
 [[noreturn]] void raise_outside(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
@@ -161,26 +235,64 @@ const char* words(Domain domain) {
     using F = decltype(f);
     for (int j = 0; j < inputs_of<F>; ++j) {
       if (!(outside >> j & 1)) continue;
-      const auto [name, domain, role] = F::inputs[j];
-      TORCH_CHECK_VALUE(j == 0 || !overwritten, name, " must ", words(domain), " for ", F::name,
-                        "; what came is overwritten by its gradient");
+      const auto [name, domain, role, planes] = F::inputs[j];
+      const std::string must = c10::str(
+          name, " must ", words(domain, inputs[1].size(row_dims(spec, inputs))), " for ", F::name);
+      TORCH_CHECK_VALUE(j == 0 || !overwritten, must, "; what came is overwritten by its gradient");
       Tensor t = inputs[j].to(at::kDouble);
-      if (mask) t = t.expand(mask->sizes()).masked_select(*mask);
-      TORCH_CHECK_VALUE(!t.isnan().any().item<bool>(), name, " must ", words(domain), " for ",
-                        F::name, ", got NaN");
+      if (mask && planes != 1)
+        t = t.masked_select(mask->unsqueeze(1));
+      else if (mask)
+        t = t.expand(mask->sizes()).masked_select(*mask);
+      TORCH_CHECK_VALUE(!t.isnan().any().item<bool>(), must, ", got NaN");
       const double low = t.min().item<double>(), high = t.max().item<double>();
       if (domain == Domain::count && low >= 0) {
         const Tensor parts = t.masked_select(t != t.round());
-        TORCH_CHECK_VALUE(parts.numel() == 0, name, " must ", words(domain), " for ", F::name,
-                          ", got ", shortest(parts[0].item<double>()),
+        TORCH_CHECK_VALUE(parts.numel() == 0, must, ", got ", shortest(parts[0].item<double>()),
                           ": of normalized or logarithmic expression take the raw counts");
       }
-      TORCH_CHECK_VALUE(false, name, " must ", words(domain), " for ", F::name, ", got values in [",
-                        shortest(low), ", ", shortest(high), "]",
-                        domain == Domain::unit ? way_into_unit(low, high, j == 0) : "");
+      TORCH_CHECK_VALUE(false, must, ", got values in [", shortest(low), ", ", shortest(high), "]",
+                        way_into(domain, low, high, j == 0));
     }
   });
   __builtin_unreachable();
+}
+
+// How the dimensions behind the rows lie in memory (memory_order), with those of the event alone.
+struct Layout {
+  std::vector<int64_t> order, event;
+  bool sites, planes_last;
+};
+
+Layout layout_of(const Spec& spec, const Tensor& full, int64_t lead) {
+  Layout layout{memory_order(full, lead), {}, is_of_sites(spec), false};
+  if (!layout.sites) {
+    layout.event = layout.order;
+    return layout;
+  }
+  // Planes before or behind all of the event's dimensions: else it would have no single stride.
+  std::vector<int64_t> wide;
+  for (const int64_t d : layout.order)
+    if (full.size(lead + d) != 1) wide.push_back(d);
+  layout.planes_last = !wide.empty() && wide.back() == 0;
+  const bool between = std::find(wide.begin(), wide.end(), 0) != wide.end();
+  if (between && wide.front() != 0 && !layout.planes_last) layout.order.clear();
+  for (const int64_t d : layout.order)
+    if (d != 0) layout.event.push_back(d - 1);
+  return layout;
+}
+
+RowOperand operand_of(const Spec& spec, at::TensorList inputs, size_t j, const Layout& layout,
+                      bool can_step) {
+  const Tensor &t = inputs[j], &full = inputs[1];
+  bool planes = false;
+  with_formula(spec.formula, [&](auto f) { planes = decltype(f)::inputs[j].planes != 1; });
+  const int64_t lead = j == 0 ? 1 : row_dims(spec, inputs);
+  if (planes) return as_sites(t, lead, layout.event);
+  if (t.numel() == 1 && t.dim() != full.dim() && !layout.sites)
+    return as_rows(t.reshape({1}), 1, can_step);
+  const Tensor view = permute_event(t, layout.event);
+  return as_rows(view, layout.sites ? lead : t.dim() - inputs[0].dim() + 1, can_step);
 }
 
 }  // namespace
@@ -190,40 +302,39 @@ RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& 
   check_devices(spec, inputs, mask, weight);
   check_inputs(spec, inputs, mask, weight);
   const Tensor &x = inputs[0], &full = inputs[1];
-  const int64_t event = x.dim() - 1, lead = full.dim() - event;
+  const int64_t lead = row_dims(spec, inputs);
   const auto row_sizes = full.sizes().slice(0, lead);
   const auto compute = compute_type(full.scalar_type());
-  const auto order = memory_order(full, lead);
+  const Layout layout = layout_of(spec, full, lead);
   const DeviceKernels& device = kernels_for(full);
 
-  RowTask task{spec, product(row_sizes), product(full.sizes().slice(lead)), x.size(0), scale};
-  for (size_t j = 0; j < inputs.size(); ++j) {
-    const Tensor& t = inputs[j];
-    const bool scalar = t.numel() == 1 && t.dim() != full.dim();
-    const Tensor view = scalar ? t.reshape({1}) : permute_event(t, order);
-    task.in[j] = as_rows(view, scalar ? 1 : view.dim() - event, device.host);
-  }
-  if (mask) task.mask = as_rows(permute_event(*mask, order), 1, device.host);
+  RowTask task{
+      spec,      layout.sites, product(row_sizes), product(full.sizes().slice(lead + layout.sites)),
+      x.size(0), scale};
+  for (size_t j = 0; j < inputs.size(); ++j)
+    task.in[j] = operand_of(spec, inputs, j, layout, device.host);
+  if (mask) task.mask = as_rows(permute_event(*mask, layout.event), 1, device.host);
   if (weight) task.weight = as_rows(*weight, weight->dim());
 
   RowwiseResult result;
   for (size_t j = 0; j < needs.size(); ++j) {
     if (!needs[j]) continue;
-    const Along along = j == 0 ? Along::both : varies_along(inputs[j], full, lead);
+    const Along along = varies_along(spec, inputs, j);
     Tensor out;
     if (along == Along::rows) {
       std::vector<int64_t> sizes(row_sizes.begin(), row_sizes.end());
       sizes.resize(full.dim(), 1);
       out = empty(sizes, compute, full.device());
     } else if (along == Along::columns) {
-      out = empty_event(inputs[j].sizes(), order, compute, full.device());
+      out = empty_event(inputs[j].sizes(), layout.order, compute, full.device());
     } else if (overwrite && j > 0) {
       out = inputs[j].detach();
     } else {
-      out = empty_event(full.sizes(), order, inputs[j].scalar_type(), full.device());
+      const auto sizes = j == 0 ? full.sizes() : inputs[j].sizes();
+      out = empty_event(sizes, layout.order, inputs[j].scalar_type(), full.device());
     }
     result.grads.push_back(out);
-    task.grads[j] = {std::move(out), along};
+    task.grads[j] = {std::move(out), along, layout.planes_last};
   }
   task.value = result.value = empty(row_sizes, compute, full.device());
   const unsigned outside = device.rowwise(task);

@@ -23,9 +23,13 @@ Spec kl_spec(size_t inputs);
 // Whether there is one by this input: not by counts.
 bool has_derivative(const Spec& spec, size_t input);
 
+// How many dimensions the rows have: those of the first parameter, but for the event's and for its
+// planes. [B], or with a sample dimension [K, B].
+int64_t row_dims(const Spec& spec, at::TensorList inputs);
+
 // Along what an input has values of its own, and along what its gradient is not summed.
 enum class Along { both, rows, columns };
-Along varies_along(const Tensor& t, const Tensor& full, int64_t lead);
+Along varies_along(const Spec& spec, at::TensorList inputs, size_t j);
 
 struct RowwiseResult {
   Tensor value;               // [rows...]: the sum over the event dimensions
@@ -35,9 +39,10 @@ struct RowwiseResult {
 };
 
 // inputs[0] is [B, *event]; inputs[1] has the full shape, [B, *event] or [K, B, *event]; later ones
-// have that or are constant along each row or over the rows. Gradients are multiplied by
-// scale · weight, the latter [B] or [rows...]. With `overwrite`, parameters of the full shape,
-// which must be contiguous, are overwritten by their gradients.
+// have that or are constant along each row or over the rows. Of a formula with planes each
+// parameter has the full shape, with its planes behind the rows: [rows..., planes, *event].
+// Gradients are multiplied by scale · weight, the latter [B] or [rows...]. With `overwrite`,
+// parameters of the full shape, which must be contiguous, are overwritten by their gradients.
 RowwiseResult rowwise(const Spec& spec, at::TensorList inputs, const OptTensor& mask,
                       const OptTensor& weight, double scale, const Needs& needs,
                       bool overwrite = false);

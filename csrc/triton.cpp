@@ -41,18 +41,23 @@ unsigned rowwise(const RowTask& task) {
   Needs needs;
   std::vector<std::pair<Tensor, Tensor>> summed;  // over the rows: the sum, of what
   for (const RowOperand& in : task.in)
-    if (in.storage.defined()) views.push_back(matrix(in, task.cols));
+    if (in.storage.defined()) views.push_back(matrix(in, task.cols, task.sites));
   for (size_t j = 0; j < views.size(); ++j) {
-    const auto& [out, along] = task.grads[j];
+    const auto& [out, along, planes_last] = task.grads[j];
     needs.push_back(out.defined());
     if (!out.defined()) continue;
     grads.push_back(along == Along::columns ? empty_like(out) : dense_rows(out, task.rows));
+    if (task.sites) {
+      const int64_t planes = task.in[j].operand.planes;
+      grads.back() = planes_last ? grads.back().view({task.rows, task.cols, planes}).transpose(1, 2)
+                                 : grads.back().view({task.rows, planes, task.cols});
+    }
     if (along == Along::rows) grads.back() = out.view({task.rows});
     if (along == Along::columns) summed.emplace_back(dense_rows(out, 1)[0], grads.back());
   }
   OptTensor mask = optional(task.mask, task.cols);
   if (mask) mask = mask->view(at::kByte);
-  call("rowwise", task.value, formula_name(task.spec.formula), views, mask,
+  call(task.sites ? "sites" : "rowwise", task.value, formula_name(task.spec.formula), views, mask,
        optional(task.weight, 1), task.spec.options, task.scale, task.batch,
        task.value.view({task.rows}), grads, needs);
   for (auto& [sum, dense] : summed) at::sum_out(sum, dense, 0);

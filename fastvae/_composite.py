@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae._math import half_phi, half_square, times_sigma
-from fastvae.likelihoods._base import formula, formulas
+from fastvae.likelihoods._base import formula, formulas, sites
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,7 +42,8 @@ def rows(
     x, *params = (t.to(dtype) for t in inputs)
     if mask is not None:  # what lies in every domain: a NaN left out must not reach the gradient
         x = torch.where(mask, x, 0)
-        params = [torch.where(mask, p, 0.5) if p.shape == full else p for p in params]
+        of_params = mask.unsqueeze(1) if family in sites else mask
+        params = [torch.where(of_params, p, 0.5) if p.shape == full else p for p in params]
     value = formulas[family](options, x, *params)
     if mask is not None:
         value = torch.where(mask, value, 0)

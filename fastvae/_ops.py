@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvae import _composite
 from fastvae._backends import eager
 from fastvae._composite import compute_dtype
+from fastvae.likelihoods._base import sites
 
 register = torch.library.register_fake
 ops = torch.ops.fastvae
@@ -133,14 +134,19 @@ def _rsample_backward(
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
-def _event_like(full: Tensor, shape: Sequence[int], lead: int, dtype: torch.dtype) -> Tensor:
+def _event_like(
+    full: Tensor, shape: Sequence[int], lead: int, dtype: torch.dtype, planes: bool = False
+) -> Tensor:
     """Empty, its event dimensions in the order in which those of `full` lie densely in memory, if
-    they do: csrc/common.cpp's memory_order and empty_event."""
+    they do: csrc/common.cpp's memory_order and empty_event, and csrc/rowwise.cpp's layout_of."""
     order = sorted(range(lead, full.dim()), key=full.stride, reverse=True)
     wide = [d for d in order if full.shape[d] != 1]
-    for outer, inner in itertools.pairwise(wide):
-        if full.stride(outer) != full.stride(inner) * full.shape[inner]:
-            return full.new_empty(shape, dtype=dtype)
+    dense = all(
+        full.stride(outer) == full.stride(inner) * full.shape[inner]
+        for outer, inner in itertools.pairwise(wide)
+    )
+    if not dense or (planes and lead in wide[1:-1]):  # planes among the event's dimensions
+        return full.new_empty(shape, dtype=dtype)
     dims = [*range(lead), *order]
     stored = full.new_empty([shape[d] for d in dims], dtype=dtype)
     return stored.permute([dims.index(d) for d in range(full.dim())])
@@ -156,6 +162,10 @@ def _kl_divergence(
     return _rows(mu)
 
 
+def _row_dims(x: Tensor, params: Sequence[Tensor], family: str) -> int:
+    return params[0].dim() - x.dim() + 1 - (family in sites)
+
+
 @register("fastvae::row_forward")
 def _row_forward(
     x: Tensor,
@@ -167,15 +177,17 @@ def _row_forward(
     scale: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    full = params[0]
+    full, planes = params[0], family in sites
     event_dims = x.dim() - 1
-    lead = full.dim() - event_dims
+    lead = _row_dims(x, params, family)
     compute = compute_dtype(full.dtype)
     grads = []
     for j, t in enumerate((x, *params)):
         if not needs[j]:
             continue
-        if j == 0 or t.shape == full.shape:
+        if planes:
+            grads.append(_event_like(full, t.shape, lead, t.dtype, planes))
+        elif j == 0 or t.shape == full.shape:
             grads.append(_event_like(full, full.shape, lead, t.dtype))
         elif t.dim() == full.dim() and all(n == 1 for n in t.shape[:lead]) and t.numel() != 1:
             grads.append(_event_like(full, t.shape, lead, compute))  # summed over the rows
@@ -193,7 +205,7 @@ def _log_likelihood(
     options: Sequence[float],
     mask: Tensor | None = None,
 ) -> Tensor:
-    return _rows(params[0], params[0].dim() - x.dim() + 1)
+    return _rows(params[0], _row_dims(x, params, family))
 
 
 @register("fastvae::elbo_reduce")

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvae._backends import Prior
 from fastvae._backends._common import Beta, readable
 from fastvae.likelihoods import Likelihood
-from fastvae.likelihoods._base import number, refuse_tracked
+from fastvae.likelihoods._base import number, refuse_tracked, sites
 
 Recon = Tensor | Sequence[Tensor]
 AnyPrior = tuple[Tensor | float, Tensor | float]
@@ -214,8 +214,8 @@ def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
 def check_recon(recon: Recon, x: Tensor, family: Likelihood) -> tuple[Tensor, ...]:
     """The formula's parameters, each of the full shape or constant along each row."""
     check_dense("x", x)
-    counts = family.domains.get("x") == "count" and not x.dtype.is_complex
-    if x.dtype not in (*_FLOATING, torch.uint8, torch.bool) and not (counts and _whole(x)):
+    whole = family.domains.get("x") in ("count", "index") and not x.dtype.is_complex
+    if x.dtype not in (*_FLOATING, torch.uint8, torch.bool) and not (whole and _whole(x)):
         way_out = "" if x.dtype.is_complex else ": take x.float(), of pixel values x / 255"
         raise TypeError(f"x must be floating, uint8 or bool, got {x.dtype}{way_out}")
     if x.dim() == 0:
@@ -233,6 +233,8 @@ def check_recon(recon: Recon, x: Tensor, family: Likelihood) -> tuple[Tensor, ..
         check_floating(name, t)
     params = family.params(tuple(given), x)
     first = params[0]
+    if family.family in sites:
+        return _check_sites(params, x, family)
     if first.shape != x.shape and (first.dim() != x.dim() + 1 or first.shape[1:] != x.shape):
         raise ValueError(
             f"x and {names[0]} must have the same shape, the latter with a leading sample "
@@ -248,6 +250,16 @@ def check_recon(recon: Recon, x: Tensor, family: Likelihood) -> tuple[Tensor, ..
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
     rest = zip(all_names[1:], params[1:], strict=True)
     return (first, *(_fit(name, t, first, x.dim() - 1) for name, t in rest))
+
+
+def _check_sites(params: tuple[Tensor, ...], x: Tensor, family: Likelihood) -> tuple[Tensor, ...]:
+    """Parameters [B, planes, *event] or [K, B, planes, *event]; the likelihood has seen to that."""
+    for name, t in zip(family.formula_names, params, strict=True):
+        if t.dim() > x.dim() + 1 and t.shape[0] == 0:
+            raise ValueError(f"{name} must hold at least one sample, got {shape(t)}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    return params
 
 
 def _whole(x: Tensor) -> bool:

@@ -162,8 +162,8 @@ def log_likelihood(
     Args:
         recon: what the decoder gives: a tensor, or one tensor per parameter of the family. The
             first has shape [B, *event] or [K, B, *event]; the others broadcast to it. x is never
-            expanded to K.
-        x: targets, [B, *event]; floating, uint8 or bool; of counts any integer.
+            expanded to K. Of classes there is one dimension more, [B, classes, *event].
+        x: targets, [B, *event]; floating, uint8 or bool; of counts and classes any integer.
         likelihood: a name in ``fastvae.likelihoods.registry`` or an object.
         mask: bool, broadcastable to x. False leaves the element out: value and gradient are 0
             whatever is stored there.
@@ -180,7 +180,8 @@ def log_likelihood(
     """
     family = _family(likelihood)
     params = check_recon(recon, x, family)
-    return select(backend, x.device).log_likelihood(x, params, family, check_mask(mask, x))
+    mask = family.kept(x, check_mask(mask, x))
+    return select(backend, x.device).log_likelihood(x, params, family, mask)
 
 
 class CallOptions(TypedDict, total=False):
@@ -289,13 +290,13 @@ def evaluate(
     common = mu is None and logvar is None and prior is None and mask is None
     common = common and sample_weight is None and not inplace_backward and backend == "auto"
     common = common and type(beta) is float
-    if common and family.formula_names is family.param_names and not is_compiling():
+    if common and family.as_given and not is_compiling():
         terms = cpp.direct.elbo(x, recon, kl, family.family, family.options, beta, reduction)
         if terms is not None:
             assert kl is not None
             return Terms(*terms[:3]), terms[3], kl
     params = check_recon(recon, x, family)
-    mask = check_mask(mask, x)
+    mask = family.kept(x, check_mask(mask, x))
     weight = check_per_sample("sample_weight", sample_weight, x)
     ops = select(backend, x.device)
     if kl is not None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.distributions import NegativeBinomial, Normal, Poisson
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, one_hot
 
 Params = Tensor | Sequence[Tensor]
 Word = TypeVar("Word", int, Tensor)
@@ -83,6 +83,22 @@ def zero_inflated_negative_binomial(
     return torch.where(x == 0, torch.logaddexp(logsigmoid(zero_logits), nb), nb)
 
 
+def categorical(x: Tensor, logits: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """x [B, *event], logits [rows..., classes, *event]; the gradient by x is 0.
+
+    ln sigma(l_x - ln sum of the others' e^l). Not torch.distributions.Categorical: the gradient of
+    its log_softmax is 1 - p, which cancels for confident predictions (l = 30 and 0: 1.3% off).
+    """
+    dim, classes = -x.dim(), logits.shape[-x.dim()]
+    hit = one_hot(x.long(), classes).movedim(-1, 1).bool()
+    own = torch.where(hit, logits, 0.0).sum(dim)
+    others = logits.masked_fill(hit, -math.inf).logsumexp(dim) if classes > 1 else -math.inf
+    value = logsigmoid(own - others) + 0 * x
+    if not label_smoothing:
+        return value
+    return (1 - label_smoothing) * value + label_smoothing * logits.log_softmax(dim).mean(dim)
+
+
 ORACLES: dict[str, Callable[..., Tensor]] = {
     "bernoulli": bernoulli,
     "bernoulli_probs": bernoulli_probs,
@@ -92,12 +108,10 @@ ORACLES: dict[str, Callable[..., Tensor]] = {
     "poisson_log": poisson_log,
     "negative_binomial": negative_binomial,
     "zero_inflated_negative_binomial": zero_inflated_negative_binomial,
+    "categorical": categorical,
 }
-
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    "bernoulli_probs": ("log_min",),
-    "gaussian": ("scale", "normalized"),
-}
+# Their parameters have a dimension more than x: that of the classes, behind the rows'.
+SITES = ("categorical",)
 
 
 def elementwise(
@@ -105,21 +119,22 @@ def elementwise(
     params: Params,  # each [B, *event] or [K, B, *event]
     likelihood_name: str,
     *,
-    scale: float = 1.0,
-    normalized: bool = True,
-    log_min: float = -100.0,
     mask: Tensor | None = None,
+    **options: float,
 ) -> Tensor:
     """ln p(x | params), one value an element, 0 where mask is False."""
-    given = {"scale": scale, "normalized": normalized, "log_min": log_min}
-    options = {name: given[name] for name in _OPTIONS.get(likelihood_name, ())}
     single = (params,) if isinstance(params, Tensor) else tuple(params)
-    tensors = torch.broadcast_tensors(x.double(), *(p.double() for p in single))
+    tensors = (x.double(), *(p.double() for p in single))
+    sites, oracle = likelihood_name in SITES, ORACLES[likelihood_name]
+    if not sites:
+        tensors = torch.broadcast_tensors(*tensors)
     if mask is None:
-        return ORACLES[likelihood_name](*tensors, **options)
+        return oracle(*tensors, **options)
+    of_params = mask.expand(x.shape).unsqueeze(1) if sites else mask
     filler = torch.tensor(_ANY_VALID, dtype=torch.float64)
-    tensors = tuple(torch.where(mask, t, filler) for t in tensors)
-    return torch.where(mask, ORACLES[likelihood_name](*tensors, **options), 0.0)
+    hidden = (torch.where(of_params, t, filler) for t in tensors[1:])
+    value = oracle(torch.where(mask, tensors[0], filler), *hidden, **options)
+    return torch.where(mask, value, 0.0)
 
 
 def log_likelihood(
@@ -127,14 +142,10 @@ def log_likelihood(
     params: Params,
     likelihood_name: str,
     *,
-    scale: float = 1.0,
-    normalized: bool = True,
-    log_min: float = -100.0,
     mask: Tensor | None = None,
+    **options: float,
 ) -> Tensor:  # [B] or [K, B]
-    terms = elementwise(
-        x, params, likelihood_name, scale=scale, normalized=normalized, log_min=log_min, mask=mask
-    )
+    terms = elementwise(x, params, likelihood_name, mask=mask, **options)
     return sum_event(terms, x.dim() - 1)
 
 
@@ -196,14 +207,10 @@ def elbo_loss(
     prior: tuple[Tensor, Tensor] | None = None,
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
-    scale: float = 1.0,
-    normalized: bool = True,
-    log_min: float = -100.0,
+    **options: float,
 ) -> Tensor:
     """w_b (beta kl_b - mean_k ll_kb): one value a sample, their sum, or that sum over B."""
-    ll = log_likelihood(
-        x, recon, likelihood_name, scale=scale, normalized=normalized, log_min=log_min, mask=mask
-    )
+    ll = log_likelihood(x, recon, likelihood_name, mask=mask, **options)
     if ll.dim() == 2:
         ll = ll.mean(0)
     if kl is None:

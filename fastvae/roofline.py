@@ -68,6 +68,7 @@ class Row:
     instructions: float
     registers: int
     spilled_bytes: int
+    accesses: list[tuple[str, int, int]]  # (load or store, bytes a thread, how many), all of them
     doubles: list[float]  # see aot.Artefact
     seconds: float
 
@@ -111,6 +112,7 @@ def options(family: str) -> Sequence[float]:
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     """Every kernel on large aligned tensors."""
     from fastvae import _triton
+    from fastvae._triton.formulas import elements
 
     t = Shapes(dtype)
 
@@ -135,7 +137,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         kl = t.matrix(1, dtype=t.compute)
         _triton.sample_backward(dz, kl, mu, logvar, t.seed, 1, 0, None, *grads)
 
-    for name in likelihoods.registry:
+    for name in elements:
         count = len(likelihoods.get(name).formula_names)
         yield rowwise(name, 1 + count, 0, PIXELS)
         yield rowwise(name, 1 + count, count, PIXELS)
@@ -186,6 +188,16 @@ def variants(dtype: torch.dtype) -> Iterator[Case]:
         outs = (t.row(batch) if kind == "none" else t.row(1).view(()) for _ in range(3))
         _triton.elbo_reduce(t.matrix(batch, 8), t.row(batch), t.row(batch), 1.0, 1.0, *outs)
 
+    def categorical(wanted: int, classes: int = 256, sites: int = 32768, rows: int = 64) -> None:
+        x, (logits, grad) = t.matrix(sites, rows), (t.matrix(classes * sites, rows) for _ in "12")
+        planes, grads = [x.view(rows, 1, -1), logits.view(rows, classes, -1)], [grad] * wanted
+        _triton.sites(
+            "categorical", planes, None, None, options("categorical"), 1.0, rows, t.row(rows),
+            [g.view(rows, classes, -1) for g in grads], [False, wanted == 1],
+        )  # fmt: skip
+
+    yield Case("categorical", partial(categorical, 0), 0, 0, 32768)
+    yield Case("categorical+grad", partial(categorical, 1), 0, 0, 32768)
     yield Case("masked", partial(masked, 785, 2048), 0, 0, 785)
     yield Case("masked, int64", partial(masked, PIXELS, 2**20), 0, 0, PIXELS)
     yield Case("per row", partial(per_row, 785, 2048), 0, 0, 785)
@@ -224,6 +236,7 @@ def measure(case: Case, arch: str, dtype_name: str) -> Row:
         instructions=(inside + outside) / elements,
         registers=built.registers,
         spilled_bytes=built.spilled_bytes,
+        accesses=[(*k, n) for k, n in built.accesses(built.instructions).items()],
         doubles=built.doubles,
         seconds=built.seconds,
     )

@@ -64,7 +64,8 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
         backwards = tuple(reversed(range(values.dim())))
         return values.permute(backwards).contiguous().permute(backwards)
     if layout == "channels_last":
-        return values.contiguous(memory_format=torch.channels_last)
+        last = torch.channels_last if values.dim() == 4 else torch.channels_last_3d
+        return values.contiguous(memory_format=last)
     if layout == "sliced":  # every second element of the last dimension
         wide = values.new_zeros(*values.shape[:-1], 2 * values.shape[-1])
         view = wide[..., ::2]
@@ -193,6 +194,7 @@ def noise_bound(radius: Tensor) -> Tensor:
 # One of each kind of formula: what belongs to the loop is tested with these; with the others by
 # the full products alone (conftest.py).
 REPRESENTATIVES = ("bernoulli", "gaussian_logvar", "zero_inflated_negative_binomial")
+REPRESENTATIVES += ("categorical",)
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,21 @@ class Family:
     magnitudes: Callable[..., tuple[Tensor, ...]]
     draw: Callable[[Sequence[int], Sequence[int]], tuple[Tensor, ...]]  # x shape, recon shape
     options: dict[str, Any] = field(default_factory=dict)
+    sites: bool = False  # the parameters have a dimension more than x, behind the rows'
+
+    def together(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """x and the parameters in one shape; of sites as they are."""
+        return tuple(tensors) if self.sites else torch.broadcast_tensors(*tensors)
+
+    def where(self, mask: Tensor, tensors: Sequence[Tensor], otherwise: float) -> list[Tensor]:
+        """x and the parameters where the mask is True, elsewhere that number."""
+        x, *params = tensors
+        wide = mask.expand(x.shape)
+        of_params = wide.unsqueeze(1) if self.sites else mask
+        return [
+            torch.where(m, t, otherwise).to(t.dtype)
+            for m, t in zip((mask, *(of_params for _ in params)), tensors, strict=True)
+        ]
 
     def make(self) -> Any:
         from fastvae import likelihoods
@@ -333,6 +350,25 @@ def _with_normal(
     return lambda x, recon: (*draw(x, recon), 2 * torch.randn(*recon))
 
 
+def _categorical() -> Family:
+    """Of five classes."""
+
+    def torchs(x: Tensor, logits: Tensor) -> Tensor:
+        dim, index = -x.dim(), x.long().unsqueeze(1)[(None,) * (logits.dim() - x.dim() - 1)]
+        return torch.take_along_dim(logits.log_softmax(dim), index, dim).squeeze(dim)
+
+    def sizes(x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        terms = -torchs(x, logits)
+        hit = F.one_hot(x.long(), 5).movedim(-1, 1)
+        return terms, terms, hit + logits.softmax(-x.dim())
+
+    def draw(x: Sequence[int], recon: Sequence[int]) -> tuple[Tensor, ...]:
+        lead = len(recon) - len(x) + 1
+        return torch.randint(5, tuple(x)), 3 * torch.randn(*recon[:lead], 5, *recon[lead:])
+
+    return Family("categorical", torchs, sizes, draw, sites=True)
+
+
 FAMILIES: dict[str, Family] = {
     "bernoulli": Family(
         "bernoulli",
@@ -365,4 +401,5 @@ FAMILIES: dict[str, Family] = {
         _zinb_sizes,
         _with_normal(_draw_counts(1.5, 1.0)),
     ),
+    "categorical": _categorical(),
 }

@@ -92,7 +92,7 @@ def check_elbo(
     value, grads = run(ours, inputs, upstream)
     expected, expected_grads = run(oracle, wide, upstream)
     assert value.dtype == compute and value.shape == expected.shape
-    terms, *sizes = family.magnitudes(*torch.broadcast_tensors(*wide[: 1 + count]))
+    terms, *sizes = family.magnitudes(*family.together(wide[: 1 + count]))
     assert_near(value, expected, terms.sum() + 50.0, "loss")
     whole = len(inputs) - len(grads)  # x, where it holds counts
     for i, (grad, exact) in enumerate(zip(grads, expected_grads[whole:], strict=True), whole):

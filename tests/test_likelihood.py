@@ -64,13 +64,13 @@ def check(
         return reference.log_likelihood(x, params, family.name, mask=mask, **family.options)
 
     def torchs(x: Tensor, *params: Tensor) -> Tensor:
-        terms = family.torchs(*(t.to(compute) for t in torch.broadcast_tensors(x, *params)))
+        terms = family.torchs(*(t.to(compute) for t in family.together((x, *params))))
         if mask is not None:
             terms = torch.where(mask, terms, 0.0)
         return reference.sum_event(terms, event_dims)
 
     # torch's formula sees no NaN behind a mask, where its gradient would be NaN too
-    safe = [t if mask is None else torch.where(mask, t, 0.5).to(t.dtype) for t in inputs]
+    safe = inputs if mask is None else family.where(mask, inputs, 0.5)
     expected_shape = oracle(*wide).shape
     if upstream is None:
         upstream = upstream_like(expected_shape)
@@ -79,7 +79,7 @@ def check(
     oracle_value, oracle_grads = run(oracle, wide, upstream)
     oracle_grads = [g for g, t in zip(oracle_grads, inputs, strict=True) if t.is_floating_point()]
 
-    terms, *sizes = family.magnitudes(*torch.broadcast_tensors(*(t.double() for t in safe)))
+    terms, *sizes = family.magnitudes(*family.together([t.double() for t in safe]))
     if sharp:
         terms = reference.elementwise(
             wide[0], wide[1:], family.name, mask=mask, **family.options
@@ -89,10 +89,11 @@ def check(
     assert_as_good_as_torch(value, torch_value, oracle_value, what="value", scale=row_scale)
 
     outer = upstream.double().abs().expand(expected_shape)
-    outer = outer.reshape(*expected_shape, *(1,) * event_dims)
     of_leaves = [(t, s) for t, s in zip(inputs, sizes, strict=True) if t.is_floating_point()]
     for i, (leaf, size) in enumerate(of_leaves):
-        scale = torch.where(kept, size * outer, 0.0).sum_to_size(leaf.shape)
+        of_rows = outer.reshape(*expected_shape, *(1,) * (size.dim() - outer.dim()))
+        here = kept.expand(inputs[0].shape).unsqueeze(1) if family.sites else kept
+        scale = torch.where(here, size * of_rows, 0.0).sum_to_size(leaf.shape)
         assert grads[i].dtype == leaf.dtype
         # a float64 x beside a float32 recon: its gradient was computed in float32
         ulps = 4 * torch.finfo(compute).eps / torch.finfo(leaf.dtype).eps
@@ -186,13 +187,14 @@ def test_mask(
 ) -> None:
     x, *params = family.inputs((4, 3, 17), dtype, num_samples)
     mask = torch.rand(mask_shape) < 0.6
+    _, *params = family.where(mask, [x, *params], float("nan"))
     hidden = ~mask.expand(x.shape)
     x = x.masked_fill(hidden, float("nan") if x.is_floating_point() else -1)
-    params = [p.masked_fill(hidden, float("nan")) for p in params]
     check(family, backend, [x, *params], mask=mask)
     _, grads = run(ours(family, backend, mask), [x, *params])
     for grad in grads:
-        assert (grad[hidden.expand(grad.shape)] == 0).all()
+        of_grad = hidden.unsqueeze(1) if family.sites else hidden
+        assert (grad[of_grad.expand(grad.shape)] == 0).all()
 
 
 @families
@@ -201,7 +203,7 @@ def test_mask_hides_values_outside_the_domain(family: Family, backend: str) -> N
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[1, 4] = False
     clean = ours(family, backend, mask)(x, *params)
-    x[1, 4], params[0][1, 4] = 7.0, -3.0
+    x[1, 4], params[0][1, ..., 4] = -7.0, -3.0
     torch.testing.assert_close(ours(family, backend, mask)(x, *params), clean, rtol=0, atol=0)
 
 
@@ -257,7 +259,7 @@ def test_bfloat16_gradients_are_float32_ones_rounded(
     """To the bit, at every position in a group of vectors, also where one is cut off."""
     for columns in (*range(1, 70), 1023, 1025, 1041):
         x, *params = family.inputs((3, columns), torch.bfloat16)
-        if any(p.shape != x.shape for p in params):
+        if any(p.shape != x.shape for p in params) and not family.sites:
             return  # one value a row: its gradient is a sum
         x = x.to(x_dtype) if x.is_floating_point() else x
         value, grads = run(ours(family, "cpp"), [x, *params])

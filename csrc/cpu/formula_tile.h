@@ -41,17 +41,19 @@ FASTVAE_INLINE void for_domains(Body&& body) {
   }(std::make_integer_sequence<int, inputs_of<F>>{});
 }
 
-// Whether all n values are in the domain, those apart that the mask leaves out.
+// Whether all n values are in the domain, of indices below `limit`, those apart that the mask
+// leaves out.
 template <Domain domain, class T, class S>
-inline bool all_in_domain(const S* x, int64_t n, const T* mask) {
+inline bool all_in_domain(const S* x, int64_t n, const T* mask, int64_t limit = 0) {
   for (int64_t i = 0; i < n; ++i) {
     const T v = static_cast<T>(x[i]);
-    const bool inside = domain == Domain::real       ? true
-                        : domain == Domain::unit     ? v >= T(0) && v <= T(1)
-                        : domain == Domain::positive ? v > T(0)
-                        : domain == Domain::count
-                            ? v >= T(0) && v - v == T(0) && std::nearbyint(v) == v
-                            : v >= T(0);
+    const bool inside =
+        domain == Domain::real       ? true
+        : domain == Domain::unit     ? v >= T(0) && v <= T(1)
+        : domain == Domain::positive ? v > T(0)
+        : domain == Domain::count    ? v >= T(0) && v - v == T(0) && std::nearbyint(v) == v
+        : domain == Domain::index ? v >= T(0) && v < static_cast<T>(limit) && std::nearbyint(v) == v
+                                  : v >= T(0);
     if (!inside && !(mask && mask[i] == T(0))) return false;
   }
   return true;

@@ -8,6 +8,7 @@
 
 #include "parallel.h"
 #include "rare.h"
+#include "sites.h"
 
 namespace fastvae {
 inline namespace CPU_CAPABILITY {
@@ -219,7 +220,13 @@ inline void rowwise_formula(const RowwiseArgs& a) {
 }
 
 inline void rowwise(const RowwiseArgs& a) {
-  with_formula(a.formula, [&](auto formula) { rowwise_formula<decltype(formula)>(a); });
+  with_formula(a.formula, [&](auto formula) {
+    using F = decltype(formula);
+    if constexpr (has_planes<F>)
+      sites_formula<F>(a);
+    else
+      rowwise_formula<F>(a);
+  });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -7,6 +7,7 @@
 #include "list.h"
 
 #include "bernoulli.h"
+#include "categorical.h"
 #include "counts.h"
 #include "gaussian.h"
 #include "latent.h"
@@ -18,11 +19,13 @@ struct List {
   static constexpr int size = sizeof...(F);
   static_assert(((inputs_of<F> <= max_inputs && F::options <= max_options) && ...),
                 "RowwiseArgs has no room for it");
+  static_assert(((!has_planes<F> || F::inputs[1].planes != 1) && ...),
+                "the operators read the rows' dimensions off the first parameter");
 };
 
 // A new likelihood is one header, included above and named here.
 using Likelihoods = List<Bernoulli, BernoulliProbs, Gaussian, GaussianLogvar, Poisson, PoissonLog,
-                         NegativeBinomial, ZeroInflatedNegativeBinomial>;
+                         NegativeBinomial, ZeroInflatedNegativeBinomial, Categorical>;
 using Divergences = List<StandardKL, NormalKL>;
 
 // Calls f(index, Formula{}) for each.

@@ -4,6 +4,7 @@
 // cpu/compounds.h.
 #pragma once
 
+#include <cstdint>
 #include <iterator>
 
 #if defined(__CUDACC__)
@@ -15,7 +16,8 @@
 namespace fastvae {
 
 // Where an input must lie; the loop checks it while it has the value in a register.
-enum class Domain { real, unit, nonnegative, positive, count };
+// An index names one of the planes that the first parameter has.
+enum class Domain { real, unit, nonnegative, positive, count, index };
 // No derivative by data exists: none is computed.
 enum class Role { data, parameter };
 
@@ -23,14 +25,56 @@ struct Input {
   const char* name;
   Domain domain = Domain::real;
   Role role = Role::parameter;
+  // Values that each element has, in a dimension of the tensor's own before those of the event;
+  // 0: as many as the tensor has there (classes, components); 1: one, and no such dimension.
+  int planes = 1;
 };
 
 template <class F>
 constexpr int inputs_of = std::size(F::inputs);
 
+// A formula one of whose inputs has planes is one of sites, a pixel with its classes for example:
+//   template <class S> static auto eval(const S& s), which returns the value, of lanes S::V, and
+//   s.planes(j)       how many planes input j has, to go through
+//   s.in(j, k)        plane k of it
+//   s.option(i)       a constant
+//   s.grad(j, k, g)   for each plane of a parameter once: d(value) / d(that)
+//   s.wants(j)        whether anybody asks for those
+// The lanes are neighbouring sites, or, of a formula that declares `across_planes`, they may be the
+// planes of one: then k counts vectors of them, and such a formula takes
+//   s.index(k)        each lane's plane
+//   s.count(j)        how many planes input j really has; those behind the last are −∞, and
+//   s.real(k, v)      0 in their place
+//   s.sum(v), s.largest(v)   of what each lane has found
+template <class F>
+constexpr bool has_planes = [] {
+  for (const Input& input : F::inputs)
+    if (input.planes != 1) return true;
+  return false;
+}();
+
+template <class F>
+constexpr bool across_planes = requires { F::across_planes; };
+
 // Whether lanes V are float64.
 template <class V>
 constexpr bool precise = sizeof(typename V::value_type) == 8;
+
+// A sum of many terms in two levels: 50,000 of them one after the other would lose digits.
+template <class V>
+class LongSum {
+ public:
+  explicit FASTVAE_INLINE LongSum(const V& zero) : zero_(zero), total_(zero), part_(zero) {}
+  FASTVAE_INLINE void add(const V& term) {
+    part_ = part_ + term;
+    if (++count_ % 64 == 0) total_ = total_ + part_, part_ = zero_;
+  }
+  FASTVAE_INLINE V total() const { return total_ + part_; }
+
+ private:
+  V zero_, total_, part_;
+  int64_t count_ = 0;
+};
 
 // A formula's value per element and its derivative with respect to each of its N inputs.
 template <class V, int N>

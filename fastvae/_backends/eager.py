@@ -13,6 +13,7 @@ from fastvae._backends import _common
 from fastvae._backends._common import Backend, Beta, Prior, Terms, readable
 from fastvae._math import times_beta
 from fastvae.likelihoods import Likelihood
+from fastvae.likelihoods._base import sites
 
 draw_seed = _common.draw_seed
 
@@ -105,19 +106,21 @@ def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
     return _composite.rows((mu, logvar, *prior), "normal_kl", ())
 
 
-def _check_domain(name: str, t: Tensor, domain: str, family: str) -> None:
+def _check_domain(name: str, t: Tensor, domain: str, family: str, planes: int) -> None:
     """As csrc/rowwise.cpp has it."""
     inside = {
         "unit": lambda: (t >= 0) & (t <= 1),
         "nonnegative": lambda: t >= 0,
         "positive": lambda: t > 0,
         "count": lambda: (t >= 0) & (t == t.round()) & t.isfinite(),
+        "index": lambda: (t >= 0) & (t == t.round()) & (t < planes),
     }
     words = {
         "unit": "lie in [0, 1]",
         "nonnegative": "be at least 0",
         "positive": "be above 0",
         "count": "hold counts (0, 1, 2, …)",
+        "index": f"hold whole numbers from 0 to {planes - 1}",
     }
     if not t.is_floating_point():  # whole as it is
         t = t.double()
@@ -129,6 +132,8 @@ def _check_domain(name: str, t: Tensor, domain: str, family: str) -> None:
         came = "NaN"
     elif domain == "unit":
         came += _way_into_unit(low, high, name == "x")
+    elif domain == "index" and low < 0:
+        came += ": ignore_index leaves such elements out"
     elif domain == "count" and low >= 0 and high < math.inf:
         part = t[t != t.round()][0].item()
         came = f"{part}: of normalized or logarithmic expression take the raw counts"
@@ -152,12 +157,13 @@ def _way_into_unit(low: float, high: float, data: bool) -> str:
 def log_likelihood(
     x: Tensor, params: tuple[Tensor, ...], likelihood: Likelihood, mask: Tensor | None
 ) -> Tensor:
+    planes = params[0].shape[-x.dim()] if likelihood.family in sites else 1
     for name, t in zip(("x", *likelihood.formula_names), (x, *params), strict=True):
         if (domain := likelihood.domains.get(name)) is not None:
             if mask is not None and readable(mask):
                 t, kept = torch.broadcast_tensors(t, mask)
                 t = t[kept]
-            _check_domain(name, t, domain, likelihood.family)
+            _check_domain(name, t, domain, likelihood.family, planes)
     return _composite.rows((x, *params), likelihood.family, likelihood.options, mask)
 
 

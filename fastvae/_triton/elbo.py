@@ -16,7 +16,7 @@ from fastvae._triton.launch import (
     splits,
     tile_shape,
 )
-from fastvae._triton.rowwise import number
+from fastvae._triton.operands import number
 
 BLOCK = 1024
 

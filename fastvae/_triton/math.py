@@ -196,7 +196,7 @@ def log(x):
 
 @triton.jit
 def reciprocal(d):
-    """1 / d for d in [1, 2]: one step of Newton's after `/`, without the branches of tl.div_rn."""
+    """1 / d for d in [1, 2¹⁰⁰]: one step of Newton's after `/`, without tl.div_rn's branches."""
     r = 1.0 / d
     return tl.fma(r, tl.fma(-d, r, 1.0), r)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastvae._triton.formulas import formulas, heavy
 from fastvae._triton.launch import (
     TILE,
-    UNUSED_NAN,
     cdiv,
     compute_type,
     constant,
@@ -21,38 +20,7 @@ from fastvae._triton.launch import (
     splits,
     tile_shape,
 )
-
-_UNUSED_NAN = tl.constexpr(UNUSED_NAN)
-
-
-@triton.jit
-def number(value, dtype: tl.constexpr):
-    """The double (see launch.constant) or float that was passed."""
-    if dtype == tl.float64:
-        value = (value ^ _UNUSED_NAN).to(tl.float64, bitcast=True)
-    return value
-
-
-@triton.jit
-def widen(value, dtype: tl.constexpr):
-    """To the compute type; 16-bit floats by way of float32, as the interpreter has no other."""
-    if value.dtype.primitive_bitwidth == 16:
-        value = value.to(tl.float32)
-    return value.to(dtype)
-
-
-@triton.jit
-def narrow(value, pointer):
-    """To what the pointer points to."""
-    if pointer.dtype.element_ty.primitive_bitwidth == 16:
-        value = value.to(tl.float32)
-    return value.to(pointer.dtype.element_ty)
-
-
-@triton.jit
-def row_of(row, batch, BATCHED: tl.constexpr):
-    """Which row of an operand belongs to this row: one stored per sample serves all K draws."""
-    return row % batch if BATCHED else row
+from fastvae._triton.operands import narrow, number, row_of, widen
 
 
 @triton.jit(do_not_specialize=["scale", "rows", "batch", "splits"])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from fastvae.likelihoods._base import Likelihood
 from fastvae.likelihoods.bernoulli import Bernoulli, BernoulliProbs
+from fastvae.likelihoods.categorical import Categorical
 from fastvae.likelihoods.counts import (
     NegativeBinomial,
     Poisson,
@@ -15,6 +16,7 @@ from fastvae.likelihoods.gaussian import Gaussian, gaussian_per_element
 __all__ = [
     "Bernoulli",
     "BernoulliProbs",
+    "Categorical",
     "Gaussian",
     "Likelihood",
     "NegativeBinomial",
@@ -34,6 +36,7 @@ registry: dict[str, Callable[[], Likelihood]] = {
     "poisson_log": poisson_log_rate,
     "negative_binomial": NegativeBinomial,
     "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
+    "categorical": Categorical,
 }
 
 

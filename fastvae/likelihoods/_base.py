@@ -34,6 +34,9 @@ def refuse_tracked(name: str, parameter: Tensor) -> None:
 #: what double backward and torch.func see of the kernels.
 Formula = Callable[..., Tensor]
 formulas: dict[str, Formula] = {}
+#: Those of sites: x is [B, *event], and each parameter has a dimension more, an element's classes
+#: or components: [rows…, planes, *event].
+sites: set[str] = set()
 
 
 def formula(function: Formula) -> Formula:
@@ -42,12 +45,18 @@ def formula(function: Formula) -> Formula:
     return function
 
 
+def site_formula(function: Formula) -> Formula:
+    """The same for one of sites."""
+    sites.add(function.__name__)
+    return formula(function)
+
+
 class Likelihood(nn.Module):
     """A reconstruction likelihood p(x | parameters), factorized over elements.
 
     A family is one subclass beside its formula in ``csrc/formulas/``, and that formula once more in
-    plain PyTorch (`formula`). It says which parameters the decoder gives, and makes of them those
-    that the formula takes.
+    plain PyTorch (`formula`, or `site_formula`). It says which parameters the decoder gives, and
+    makes of them those that the formula takes.
     """
 
     family: str  # the formula's name in every backend
@@ -61,9 +70,18 @@ class Likelihood(nn.Module):
         """Constants of the formula, in its order."""
         return ()
 
+    @property
+    def as_given(self) -> bool:
+        """Whether the formula takes recon and x as they come."""
+        return self.formula_names is self.param_names
+
     def params(self, recon: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
         """The formula's parameters: the decoder's, and those the likelihood itself holds."""
         return recon
+
+    def kept(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask, and what of x the likelihood itself leaves out."""
+        return mask
 
     def log_prob(self, x: Tensor, *params: Tensor) -> Tensor:
         """ln p per element (nats), in differentiable PyTorch, of the formula's parameters; float32
