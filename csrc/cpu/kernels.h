@@ -48,7 +48,7 @@ constexpr int64_t short_row = 48;
 // planes far from one another half as many took 1.35 times as long.
 constexpr int64_t site_elements = 32 * tile, site_step = 16;
 // From so many planes on that lie end to end they are the lanes of a vector.
-constexpr int64_t many_planes = 64;
+constexpr int64_t many_planes = 128;
 FASTVAE_INLINE int64_t sites_at_once(int64_t planes, bool across_planes) {
   const int64_t step = across_planes ? 1 : site_step, sites = site_elements / planes / step * step;
   return sites < step ? step : sites > tile ? tile : sites;

@@ -116,6 +116,31 @@ FASTVAE_INLINE void add_wide(const F32& v, F64 (&wide)[2]) {
 }
 FASTVAE_INLINE void add_wide(const F64& v, F64 (&wide)[1]) { wide[0] = wide[0] + v; }
 
+// Of all lanes; what max_lanes is where one is NaN is not said.
+#if defined(CPU_CAPABILITY_AVX512)
+FASTVAE_INLINE float sum_lanes(const F32& v) { return _mm512_reduce_add_ps(v); }
+FASTVAE_INLINE double sum_lanes(const F64& v) { return _mm512_reduce_add_pd(v); }
+FASTVAE_INLINE float max_lanes(const F32& v) { return _mm512_reduce_max_ps(v); }
+FASTVAE_INLINE double max_lanes(const F64& v) { return _mm512_reduce_max_pd(v); }
+#else
+template <class V, class Op>
+FASTVAE_INLINE auto fold_lanes(const V& v, Op op) {
+  typename V::value_type lanes[V::size()];
+  v.store(lanes);
+  for (int half = V::size() / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = op(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+template <class V>
+FASTVAE_INLINE auto sum_lanes(const V& v) {
+  return fold_lanes(v, [](auto a, auto b) { return a + b; });
+}
+template <class V>
+FASTVAE_INLINE auto max_lanes(const V& v) {
+  return fold_lanes(v, [](auto a, auto b) { return b < a ? a : b; });
+}
+#endif
+
 FASTVAE_INLINE F32 max(const F32& a, const F32& b) { return at::vec::maximum(a, b); }
 FASTVAE_INLINE F64 max(const F64& a, const F64& b) { return at::vec::maximum(a, b); }
 

@@ -151,7 +151,8 @@ struct Neighbours {
   FASTVAE_INLINE const V& largest(const V& v) const { return v; }
 };
 
-// And where they are one site's planes. An input without planes is the same in all lanes.
+// And where they are one site's planes, the last of them repeated behind it. An input without
+// planes is the same in all lanes.
 template <class F, class T, bool Grad>
 struct OneSite {
   using V = Vec<T>;
@@ -165,20 +166,12 @@ struct OneSite {
 
   FASTVAE_INLINE int64_t planes(int j) const { return (inputs[j].count + width - 1) / width; }
   FASTVAE_INLINE V in(int j, int64_t k) const {
-    if (single >> j & 1) return V(*inputs[j].values);
-    const int64_t n = lanes(j, k);
-    if (n == width) return V::loadu(inputs[j].values + k * width);
-    return V::set(num<V>(-std::numeric_limits<double>::infinity()),
-                  V::loadu(inputs[j].values + k * width, n), n);
+    return single >> j & 1 ? V(*inputs[j].values) : V::loadu(inputs[j].values + k * width);
   }
   FASTVAE_INLINE V option(int i) const { return options[i]; }
   FASTVAE_INLINE bool wants(int j) const { return Grad && inputs[j].gradients; }
   FASTVAE_INLINE void grad(int j, int64_t k, const V& g) const {
-    if (!wants(j)) return;
-    const V scaled = drop ? num<V>(0) : factor * g;
-    const int64_t n = lanes(j, k);
-    T* to = inputs[j].gradients + k * width;
-    n == width ? scaled.store(to) : scaled.store(to, static_cast<int>(n));
+    if (wants(j)) (drop ? num<V>(0) : factor * g).store(inputs[j].gradients + k * width);
   }
   FASTVAE_INLINE V index(int64_t k) const { return first + V(static_cast<T>(k * width)); }
   FASTVAE_INLINE int64_t count(int j) const { return inputs[j].count; }
@@ -186,25 +179,8 @@ struct OneSite {
     const V end = num<V>(static_cast<double>(inputs[1].count));
     return select(less(index(k), end), v, num<V>(0));
   }
-  FASTVAE_INLINE V sum(const V& v) const {
-    return reduce(v, [](T a, T b) { return a + b; });
-  }
-  FASTVAE_INLINE V largest(const V& v) const {
-    return reduce(v, [](T a, T b) { return b < a || a != a ? a : b; });  // or NaN
-  }
-
- private:
-  template <class Op>
-  static FASTVAE_INLINE V reduce(const V& v, Op op) {
-    alignas(64) T lanes[width];
-    v.store(lanes);
-    for (int64_t half = width / 2; half > 0; half /= 2)
-      for (int64_t i = 0; i < half; ++i) lanes[i] = op(lanes[i], lanes[i + half]);
-    return V(lanes[0]);
-  }
-  FASTVAE_INLINE int64_t lanes(int j, int64_t k) const {
-    return std::min(width, inputs[j].count - k * width);
-  }
+  FASTVAE_INLINE V sum(const V& v) const { return V(sum_lanes(v)); }
+  FASTVAE_INLINE V largest(const V& v) const { return V(max_lanes(v)); }
 };
 
 // Lanes are neighbouring sites, whose planes are staged, or, Across, the planes of one.
@@ -221,12 +197,12 @@ class SiteTiles {
     for (int k = 0; k < max_options; ++k) options[k] = num<V>(a.options[k]);
     int64_t planes = 0;
     for (int j = 0; j < N; ++j) planes += 2 * a.in[j].planes;
-    buffer.reset(new T[planes * ld]);
+    buffer.reset(new T[planes * ld + 2 * N * V::size()]);
     T* next = buffer.get();
     for (int j = 0; j < N; ++j) {
       values[j] = next;
-      gradients[j] = next + a.in[j].planes * ld;
-      next = gradients[j] + a.in[j].planes * ld;
+      gradients[j] = next + a.in[j].planes * ld + V::size();
+      next = gradients[j] + a.in[j].planes * ld + V::size();
     }
   }
 
@@ -291,7 +267,14 @@ class SiteTiles {
         const Tile planes{row, 1, col * in.col_stride, in.planes};
         in.col_stride = 1;
         inputs[j] = {load_tile(in, planes, values[j]), nullptr, in.planes};
-        if (a.grad[j].data) inputs[j].gradients = output_tile(a.grad[j], start(j), gradients[j]);
+        if (!whole(in.planes)) {
+          if (inputs[j].values != values[j]) std::copy_n(inputs[j].values, in.planes, values[j]);
+          std::fill_n(values[j] + in.planes, V::size(), values[j][in.planes - 1]);
+          inputs[j].values = values[j];
+        }
+        if (!a.grad[j].data) continue;
+        inputs[j].gradients = gradients[j];
+        if (whole(in.planes)) inputs[j].gradients = output_tile(a.grad[j], start(j), gradients[j]);
       }
       const bool masked = keep && keep[i] == T(0);
       if (!masked) check(inputs, 1, nullptr);
@@ -300,9 +283,18 @@ class SiteTiles {
       F::eval(site).store(lanes);
       value[i] = masked ? T(0) : lanes[0];
       for (int j = 0; Grad && j < N; ++j)
-        if (inputs[j].gradients)
-          store_tile(a.grad[j], start(j), inputs[j].count, inputs[j].gradients);
+        if (inputs[j].gradients) store_planes(a.grad[j], start(j), inputs[j].count, gradients[j]);
     }
+  }
+
+  // Whether they fill vectors: else they are staged in some that have room behind them.
+  static bool whole(int64_t planes) { return planes % V::size() == 0; }
+
+  static void store_planes(const Output& y, int64_t start, int64_t n, const T* staged) {
+    if (y.dtype == dtype_v<T> && !whole(n))
+      std::copy_n(staged, n, static_cast<T*>(y.data) + start);
+    else
+      store_tile(y, start, n, staged);
   }
 
   void check(const Planes<T> (&inputs)[N], int64_t n, const T* keep) {

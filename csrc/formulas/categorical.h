@@ -31,7 +31,7 @@ struct Categorical {
       const auto is_x = equal(x, s.index(c));
       chosen = select(is_x, l, chosen);
       own = select(is_x, e, own);
-      others.add(select(is_x, zero, e));
+      others.add(select(is_x, zero, s.real(c, e)));
       all.add(s.real(c, l));
     }
     chosen = s.sum(chosen);

@@ -43,8 +43,8 @@ constexpr int inputs_of = std::size(F::inputs);
 // The lanes are neighbouring sites, or, of a formula that declares `across_planes`, they may be the
 // planes of one: then k counts vectors of them, and such a formula takes
 //   s.index(k)        each lane's plane
-//   s.count(j)        how many planes input j really has; those behind the last are −∞, and
-//   s.real(k, v)      0 in their place
+//   s.count(j)        how many planes input j really has; lanes behind the last repeat it, and
+//   s.real(k, v)      is 0 there
 //   s.sum(v), s.largest(v)   of what each lane has found
 template <class F>
 constexpr bool has_planes = [] {

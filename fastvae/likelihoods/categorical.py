@@ -79,7 +79,8 @@ class Categorical(Likelihood):
                 f"logits must have x's shape {list(x.shape)} and the classes in dimension "
                 f"{self.dim}, behind a sample dimension if wanted, got {list(logits.shape)}"
             )
-        return (logits.movedim(dim, samples + 1),)
+        # A view costs autograd a node.
+        return (logits if dim == samples + 1 else logits.movedim(dim, samples + 1),)
 
     def kept(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         if self.ignore_index is None:
