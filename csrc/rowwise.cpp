@@ -274,9 +274,10 @@ Layout layout_of(const Spec& spec, const Tensor& full, int64_t lead) {
   std::vector<int64_t> wide;
   for (const int64_t d : layout.order)
     if (full.size(lead + d) != 1) wide.push_back(d);
+  const auto planes = std::find(wide.begin(), wide.end(), 0);
   layout.planes_last = !wide.empty() && wide.back() == 0;
-  const bool between = std::find(wide.begin(), wide.end(), 0) != wide.end();
-  if (between && wide.front() != 0 && !layout.planes_last) layout.order.clear();
+  const bool first = planes == wide.begin() || planes == wide.end();
+  if (!first && !layout.planes_last) layout.order.clear();
   for (const int64_t d : layout.order)
     if (d != 0) layout.event.push_back(d - 1);
   return layout;

@@ -233,14 +233,14 @@ def check_recon(recon: Recon, x: Tensor, family: Likelihood) -> tuple[Tensor, ..
         check_floating(name, t)
     params = family.params(tuple(given), x)
     first = params[0]
-    if family.family in sites:
-        return _check_sites(params, x, family)
-    if first.shape != x.shape and (first.dim() != x.dim() + 1 or first.shape[1:] != x.shape):
+    planes = family.family in sites  # their shapes the likelihood has seen to
+    fits = planes or first.shape == x.shape
+    if not fits and (first.dim() != x.dim() + 1 or first.shape[1:] != x.shape):
         raise ValueError(
             f"x and {names[0]} must have the same shape, the latter with a leading sample "
             f"dimension if wanted, got x {shape(x)} and {names[0]} {shape(first)}"
         )
-    if first.dim() > x.dim() and first.shape[0] == 0:
+    if first.dim() > x.dim() + planes and first.shape[0] == 0:
         raise ValueError(f"{names[0]} must hold at least one sample, got {shape(first)}")
     if len(params) == 1 and first.device == x.device:  # the common case
         return params
@@ -248,18 +248,10 @@ def check_recon(recon: Recon, x: Tensor, family: Likelihood) -> tuple[Tensor, ..
     for name, t in zip(all_names, params, strict=True):
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    if planes:
+        return params
     rest = zip(all_names[1:], params[1:], strict=True)
     return (first, *(_fit(name, t, first, x.dim() - 1) for name, t in rest))
-
-
-def _check_sites(params: tuple[Tensor, ...], x: Tensor, family: Likelihood) -> tuple[Tensor, ...]:
-    """Parameters [B, planes, *event] or [K, B, planes, *event]; the likelihood has seen to that."""
-    for name, t in zip(family.formula_names, params, strict=True):
-        if t.dim() > x.dim() + 1 and t.shape[0] == 0:
-            raise ValueError(f"{name} must hold at least one sample, got {shape(t)}")
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
-    return params
 
 
 def _whole(x: Tensor) -> bool:

@@ -193,8 +193,7 @@ def noise_bound(radius: Tensor) -> Tensor:
 
 # One of each kind of formula: what belongs to the loop is tested with these; with the others by
 # the full products alone (conftest.py).
-REPRESENTATIVES = ("bernoulli", "gaussian_logvar", "zero_inflated_negative_binomial")
-REPRESENTATIVES += ("categorical",)
+REPRESENTATIVES = ("bernoulli", "gaussian_logvar", "zero_inflated_negative_binomial", "categorical")
 
 
 @dataclass(frozen=True)
@@ -213,15 +212,14 @@ class Family:
         """x and the parameters in one shape; of sites as they are."""
         return tuple(tensors) if self.sites else torch.broadcast_tensors(*tensors)
 
+    def of_params(self, mask: Tensor, x: Tensor) -> Tensor:
+        return mask.expand(x.shape).unsqueeze(1) if self.sites else mask
+
     def where(self, mask: Tensor, tensors: Sequence[Tensor], otherwise: float) -> list[Tensor]:
         """x and the parameters where the mask is True, elsewhere that number."""
-        x, *params = tensors
-        wide = mask.expand(x.shape)
-        of_params = wide.unsqueeze(1) if self.sites else mask
-        return [
-            torch.where(m, t, otherwise).to(t.dtype)
-            for m, t in zip((mask, *(of_params for _ in params)), tensors, strict=True)
-        ]
+        masks = [mask] + [self.of_params(mask, tensors[0])] * (len(tensors) - 1)
+        pairs = zip(masks, tensors, strict=True)
+        return [torch.where(m, t, otherwise).to(t.dtype) for m, t in pairs]
 
     def make(self) -> Any:
         from fastvae import likelihoods
@@ -350,17 +348,14 @@ def _with_normal(
     return lambda x, recon: (*draw(x, recon), 2 * torch.randn(*recon))
 
 
-def _categorical() -> Family:
-    """Of five classes."""
-
+def _categorical() -> Family:  # of five classes
     def torchs(x: Tensor, logits: Tensor) -> Tensor:
         dim, index = -x.dim(), x.long().unsqueeze(1)[(None,) * (logits.dim() - x.dim() - 1)]
         return torch.take_along_dim(logits.log_softmax(dim), index, dim).squeeze(dim)
 
     def sizes(x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
         terms = -torchs(x, logits)
-        hit = F.one_hot(x.long(), 5).movedim(-1, 1)
-        return terms, terms, hit + logits.softmax(-x.dim())
+        return terms, terms, F.one_hot(x.long(), 5).movedim(-1, 1) + logits.softmax(-x.dim())
 
     def draw(x: Sequence[int], recon: Sequence[int]) -> tuple[Tensor, ...]:
         lead = len(recon) - len(x) + 1

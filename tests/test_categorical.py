@@ -111,15 +111,14 @@ def test_a_nearly_certain_class_keeps_its_digits(backend: str) -> None:
     gap = torch.linspace(0, 80, 401)
     logits = torch.stack([gap, -gap, torch.zeros(401)], 1)
     x = torch.zeros(401, dtype=torch.long)
-    if backend == "eager":  # torch's own
-        pytest.skip("log_softmax rounds")
     value, grad = value_and_grad(logits, x, Categorical(), backend)
     leaf = logits.double().requires_grad_()
     want = -torch.log1p((leaf[:, 1] - leaf[:, 0]).exp() + (leaf[:, 2] - leaf[:, 0]).exp())
     upstream = torch.linspace(0.5, 1.5, 401, dtype=torch.float64)
     (exact,) = torch.autograd.grad(want, leaf, upstream)
-    torch.testing.assert_close(value.double(), want.detach(), rtol=4e-7, atol=1e-37)
-    torch.testing.assert_close(grad.double(), exact, rtol=6e-7, atol=1e-37)
+    least = 2.0**-23 if backend == "eager" else 1e-37  # torch's log_softmax
+    torch.testing.assert_close(value.double(), want.detach(), rtol=4e-7, atol=least)
+    torch.testing.assert_close(grad.double(), exact, rtol=6e-7, atol=least)
 
 
 @pytest.mark.parametrize("classes", [5, 150])
@@ -169,10 +168,9 @@ def test_weights_of_zero_and_reductions(dim: int, backend: str) -> None:
         given, x, kl=torch.zeros(3), likelihood=Categorical(dim), sample_weight=weight,
         reduction="none", backend=backend,
     )  # fmt: skip
-    if backend == "eager":  # autograd's 0 · ∞
-        pytest.skip("NaN in eager")
     (grad,) = torch.autograd.grad(loss[0] + loss[1] + loss[2], given)
-    assert (grad[1] == 0).all()
+    if backend != "eager":  # autograd's 0 · ∞
+        assert (grad[1] == 0).all()
     leaf = logits.double().requires_grad_()
     terms = F.cross_entropy(leaf, x, reduction="none").sum(1)
     (exact,) = torch.autograd.grad(2 * terms[0] + 0.5 * terms[2], leaf)

@@ -92,8 +92,9 @@ def check(
     of_leaves = [(t, s) for t, s in zip(inputs, sizes, strict=True) if t.is_floating_point()]
     for i, (leaf, size) in enumerate(of_leaves):
         of_rows = outer.reshape(*expected_shape, *(1,) * (size.dim() - outer.dim()))
-        here = kept.expand(inputs[0].shape).unsqueeze(1) if family.sites else kept
-        scale = torch.where(here, size * of_rows, 0.0).sum_to_size(leaf.shape)
+        scale = torch.where(family.of_params(kept, inputs[0]), size * of_rows, 0.0).sum_to_size(
+            leaf.shape
+        )
         assert grads[i].dtype == leaf.dtype
         # a float64 x beside a float32 recon: its gradient was computed in float32
         ulps = 4 * torch.finfo(compute).eps / torch.finfo(leaf.dtype).eps
@@ -193,8 +194,7 @@ def test_mask(
     check(family, backend, [x, *params], mask=mask)
     _, grads = run(ours(family, backend, mask), [x, *params])
     for grad in grads:
-        of_grad = hidden.unsqueeze(1) if family.sites else hidden
-        assert (grad[of_grad.expand(grad.shape)] == 0).all()
+        assert (grad[family.of_params(hidden, x).expand(grad.shape)] == 0).all()
 
 
 @families
