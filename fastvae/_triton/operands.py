@@ -41,14 +41,16 @@ def row_of(row, batch, BATCHED: tl.constexpr):
 
 
 # Sites: what a formula with planes sees. Of each input pointers to its first plane at these sites
-# and the distance of its planes; the same for its gradient, and whether that is wanted; which of
-# the sites exist, and which count; the gradients' factor.
+# and the distance of its planes; the same for its gradient; which of the sites exist, and which
+# count; the gradients' factor; bit j: somebody wants input j's. (Triton 3.6 unpacks one level, and
+# puts no None and no tuple of constants into a tuple.)
 
 
 @triton.jit
 def plane(sites, j: tl.constexpr, k):
     """Plane k of input j."""
-    (pointers, strides), _, (exists, _counts), factor = sites
+    given, _wanted, exists, _counts, factor, _needs = sites
+    pointers, strides = given
     value = tl.load(pointers[j] + k * strides[j], mask=exists, other=0.0)
     return widen(value, factor.dtype)
 
@@ -56,7 +58,8 @@ def plane(sites, j: tl.constexpr, k):
 @triton.jit
 def put_gradient(sites, j: tl.constexpr, k, gradient):
     """d(value) / d(plane k of input j), if it is wanted."""
-    _, (pointers, strides, needs), (exists, counts), factor = sites
-    if needs[j]:
+    _given, wanted, exists, counts, factor, needs = sites
+    pointers, strides = wanted
+    if (needs >> j) & 1:
         scaled = tl.where(counts, factor * gradient, 0.0)
         tl.store(pointers[j] + k * strides[j], narrow(scaled, pointers[j]), mask=exists)

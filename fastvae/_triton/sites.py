@@ -52,7 +52,7 @@ def sites_kernel(
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
     BATCHED: tl.constexpr,  # of each input, the mask, the weight: [batch] rows, not [K·batch]
-    NEEDS: tl.constexpr,  # of each input: whether its gradient is wanted
+    NEEDS: tl.constexpr,  # bit j: the gradient of input j is wanted
     R: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -86,16 +86,14 @@ def sites_kernel(
             at = row_of(row, batch, BATCHED[j]) * strides[j] + col * col_strides[j]
             pointers = pointers + (inputs[j] + at,)
             distances = distances + (tl.cast(plane_strides[j], INDEX),)
-            if NEEDS[j]:
+            if grads[j] is not None:
                 at = row * (planes[j] * cols) + col * grad_col_strides[j]
                 outs = outs + (grads[j] + at,)
-                out_distances = out_distances + (tl.cast(grad_plane_strides[j], INDEX),)
             else:
                 outs = outs + (pointers[j],)
-                out_distances = out_distances + (distances[j],)
+            out_distances = out_distances + (tl.cast(grad_plane_strides[j], INDEX),)
         some = counted & (factor != 0.0)  # not 0 · ∞
-        given, wanted = (pointers, distances), (outs, out_distances, NEEDS)
-        sites = (given, wanted, (stored, some), factor)
+        sites = ((pointers, distances), (outs, out_distances), stored, some, factor, NEEDS)
         total += tl.where(counted, FORMULA(sites, planes, fixed), 0.0)
 
     sums = tl.sum(total, axis=1, keep_dims=True)
@@ -160,7 +158,7 @@ def sites(
         COMPUTE=compute_type(value.dtype),
         INDEX=index_type(*operands, *outs, value, beyond=cols + chunk),
         BATCHED=tuple(t is not None and 1 < t.shape[0] < rows for t in operands),
-        NEEDS=tuple(g is not None for g in outs),
+        NEEDS=sum(1 << j for j, g in enumerate(outs) if g is not None),
         R=height,
         C=width,
     )
