@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +17,8 @@ ROOT = Path(__file__).parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
 VERSION = re.search(r'version = "(.+)"', PROJECT).group(1)
 OLDEST_TORCH = "2.10"
+NO_CUDA = os.environ.get("FASTVAE_NO_CUDA") == "1"
+ALL_FORMULAS = (ROOT / "csrc/formulas/all.h").read_text()
 EAGER_ALONE = os.environ.get("FASTVAE_NO_EXTENSION") == "1"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -37,6 +40,18 @@ FLAGS += [f'-DFASTVAE_VERSION="{VERSION}"', *(["-DFASTVAE_X86"] if X86 else [])]
 UNITS = {"unity_operators": [], "unity_module": []}
 UNITS |= {f"cpu/kernels {isa}": [f"-DCPU_CAPABILITY={isa}", *ISAS[isa]] for isa in ISAS}
 
+# The CUDA kernels: once per formula, and once for what belongs to none. -fmad=false is nvcc's
+# -ffp-contract=off.
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fmad=false",
+    "--expt-relaxed-constexpr",
+    "-DCPU_CAPABILITY=CUDA",
+]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi", "--threads", "0"]
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
 
 def fail(sentence: str) -> None:
     sys.exit(f"fastvae: {sentence}")
@@ -46,13 +61,39 @@ def minor(version: str) -> list[int]:
     return [int(number) for number in version.split(".")[:2]]
 
 
+def formulas() -> int:
+    """How many there are: those named in the lists of csrc/formulas/all.h."""
+    lists = re.findall(r"(?:Likelihoods|Divergences) = List<(.+?)>", ALL_FORMULAS, re.DOTALL)
+    return sum(len(names.split(",")) for names in lists)
+
+
+def nvcc_of(torch) -> str | None:
+    """The compiler, where torch is a CUDA build and it is found."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if NO_CUDA or torch.version.cuda is None or CUDA_HOME is None:
+        return None
+    nvcc = Path(CUDA_HOME, "bin", "nvcc")
+    return str(nvcc) if nvcc.exists() else None
+
+
+def architectures() -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, as torch spells it: "8.0;9.0+PTX"."""
+    flags = []
+    for arch in re.split(r"[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        kinds = ["sm", "compute"] if arch.endswith("+PTX") else ["sm"]
+        flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+    return flags
+
+
 def extension() -> dict:
     building = {"build_ext", "build", "bdist_wheel", "install", "develop", "editable_wheel"}
     if EAGER_ALONE or not building & set(sys.argv):  # metadata needs neither torch nor a compiler
         return {}
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError:
         fail(
             "torch is missing here: install torch first, then `pip install . --no-build-isolation` "
@@ -72,6 +113,23 @@ def extension() -> dict:
     if shutil.which("ninja") is None:
         fail("the build tool `ninja` is missing: pip install ninja.")
 
+    nvcc = nvcc_of(torch)
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    with_cuda = [f'-DFASTVAE_CUDA="{archs}"'] if nvcc else []
+
+    def device_code(index: int | None, folder: str) -> str:
+        """Compiles csrc/cuda for one formula, or what belongs to none; returns the object."""
+        name = "kernels" if index is None else f"formula_{index}"
+        made = Path(folder, "cuda", f"{name}.o")
+        made.parent.mkdir(parents=True, exist_ok=True)
+        sources = [*ROOT.glob("csrc/**/*.h"), ROOT / "csrc/cuda/kernels.cu", ROOT / "setup.py"]
+        if made.exists() and made.stat().st_mtime > max(s.stat().st_mtime for s in sources):
+            return str(made)
+        of_one = [] if index is None else [f"-DFASTVAE_FORMULA={index}"]
+        command = [nvcc, *NVCC_FLAGS, *architectures(), *of_one, "-c", "-o", str(made)]
+        subprocess.run([*command, str(ROOT / "csrc/cuda/kernels.cu")], check=True)
+        return str(made)
+
     class Build(BuildExtension):
         def build_extension(self, ext):
             def compiled(unit):
@@ -80,21 +138,27 @@ def extension() -> dict:
                     [str(ROOT / f"csrc/{source}.cpp")],
                     output_dir=str(Path(self.build_temp, *isa or [source])),
                     include_dirs=ext.include_dirs,
-                    extra_postargs={"cxx": ext.extra_compile_args["cxx"] + UNITS[unit]},
+                    extra_postargs={"cxx": ext.extra_compile_args["cxx"] + UNITS[unit] + with_cuda},
                     depends=ext.depends,
                 )
 
             # torch has ninja compile what shares its flags: one file at a time, here.
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
             with ThreadPoolExecutor(jobs) as threads:
+                device = [None, *range(formulas())] if nvcc else []
+                on_device = threads.map(lambda i: device_code(i, self.build_temp), device)
                 for objects in threads.map(compiled, UNITS):
                     ext.extra_objects += objects
+                ext.extra_objects += list(on_device)
             super().build_extension(ext)
 
     sources = [
-        str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".cpp")
+        str(p.relative_to(ROOT))
+        for p in ROOT.glob("csrc/**/*")
+        if p.suffix in (".h", ".cpp", ".cu")
     ]
-    module = CppExtension(
+    kind = CUDAExtension if nvcc else CppExtension
+    module = kind(
         "fastvae._C",
         ["csrc/cpu/dispatch.cpp"],  # setuptools wants one to compile itself
         depends=["setup.py", *sorted(sources)],

@@ -180,7 +180,16 @@ const DeviceKernels cpu_device = {
     true, rowwise_cpu, sample_cpu, sample_backward_cpu, elbo_reduce_cpu, scale_rows_cpu};
 
 const DeviceKernels& kernels_for(const Tensor& t) {
-  return t.is_cuda() || triton::interpreting() ? triton_device : cpu_device;
+  if (triton::asked()) return triton_device;
+#if defined(FASTVAE_CUDA_ON_CPU)  // tests/ptx: what CUDA runs, translated
+  return cuda_device;
+#endif
+  if (!t.is_cuda()) return cpu_device;
+#if defined(FASTVAE_CUDA)
+  return cuda_device;
+#else
+  return triton_device;
+#endif
 }
 
 }  // namespace fastvae

@@ -56,10 +56,17 @@ struct DeviceKernels {
   void (*scale_rows)(const Tensor& grad, const Tensor& factor);
 };
 
-extern const DeviceKernels cpu_device, triton_device;
+extern const DeviceKernels cpu_device, cuda_device, triton_device;
 
-// Of CUDA (and ROCm) tensors, and of CPU tensors where this thread asked for Triton's interpreter,
-// that is Triton's; else the CPU's.
+// Where this thread asked for Triton, that is Triton's, CPU tensors going to its interpreter; else
+// the CPU's, or of CUDA tensors those in CUDA C++, and Triton's where they are not built.
 const DeviceKernels& kernels_for(const Tensor& t);
+
+// What is summed over no rows is 0.
+inline unsigned no_rows(const RowTask& task) {
+  for (const auto& grad : task.grads)
+    if (grad.out.defined() && grad.along == Along::columns) grad.out.zero_();
+  return 0;
+}
 
 }  // namespace fastvae

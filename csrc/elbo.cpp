@@ -115,7 +115,7 @@ struct Elbo : torch::autograd::Function<Elbo> {
     return loss;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    const triton::Interpret where(triton::remembered(ctx));
+    const triton::Asked where(triton::remembered(ctx));
     const Saved saved = load_saved(ctx);
     const size_t count = saved.inputs.size();
     variable_list grads(count + 6);

@@ -210,7 +210,7 @@ struct Rows : torch::autograd::Function<Rows> {
     return forward_and_save(ctx, inputs, call);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    const triton::Interpret where(triton::remembered(ctx));
+    const triton::Asked where(triton::remembered(ctx));
     const Saved saved = load_saved(ctx);
     variable_list grads(saved.inputs.size() + 1);
     if (!upstream[0].defined()) return grads;

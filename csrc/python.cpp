@@ -16,6 +16,12 @@ namespace py = pybind11;
 using Sample = std::tuple<Tensor, Tensor>;
 using Terms = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+#if defined(FASTVAE_CUDA)
+constexpr bool with_cuda = true;
+#else
+constexpr bool with_cuda = false;
+#endif
+
 // What these functions return where somebody else has to see the call (a subclass of Tensor, a
 // mode, a transform), where it is not the common one, and where an operator refuses it: None. The
 // caller then takes the long way, by its own checks and torch.ops.
@@ -27,9 +33,11 @@ Maybe<Result> attempt(std::initializer_list<py::handle> tensors, Fn&& call) {
   if (at::impl::torch_function_mode_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
       needs_composite({}))
     return std::nullopt;
-  for (const py::handle t : tensors)
-    if (!THPVariable_CheckExact(t.ptr()) || !THPVariable_Unpack(t.ptr()).is_cpu())
-      return std::nullopt;
+  for (const py::handle t : tensors) {
+    if (!THPVariable_CheckExact(t.ptr())) return std::nullopt;
+    const Tensor& tensor = THPVariable_Unpack(t.ptr());
+    if (!tensor.is_cpu() && !(with_cuda && tensor.is_cuda())) return std::nullopt;
+  }
   try {
     const py::gil_scoped_release no_gil;
     return call();
@@ -84,6 +92,11 @@ py::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["isas"] = compiled_isas();
   info["isa"] = kernels().isa;
+#if defined(FASTVAE_CUDA)
+  info["cuda"] = FASTVAE_CUDA;
+#else
+  info["cuda"] = py::none();
+#endif
   return info;
 }
 
@@ -99,8 +112,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info);
   m.def("likelihoods", likelihood_names);
   m.def("empty_cache", empty_cache);
-  m.def("interpret", triton::set_interpreting, py::arg("on"),
-        "Whether this thread's CPU tensors go to Triton's interpreter; returns what was before.");
+  m.def(
+      "to_triton", triton::ask, py::arg("on"),
+      "Whether this thread's tensors go to Triton's kernels, those of the CPU to its interpreter; "
+      "returns what was before.");
   m.def("philox", philox, py::arg("counter"), py::arg("key"),
         "Philox4x32-10 by the vector kernel, for known-answer tests.");
   m.def("rsample", torch::wrap_pybind_function(sample<Tensor>));

@@ -212,7 +212,7 @@ SampleResult rsample_kl_composite(const Tensor& mu, const Tensor& logvar, const 
 
 // The backward of rsample and rsample_kl; ε is drawn again, nothing but the inputs was saved.
 variable_list sample_grads(AutogradContext* ctx, const Tensor& grad_z, const Tensor& grad_kl) {
-  const triton::Interpret where(triton::remembered(ctx));
+  const triton::Asked where(triton::remembered(ctx));
   const auto saved = ctx->get_saved_variables();
   const Tensor &mu = saved[0], &logvar = saved[1], &seed = saved[2];
   const OptTensor index = defined(saved[3]);

@@ -14,7 +14,7 @@ namespace {
 
 namespace py = pybind11;
 
-thread_local bool interpret = false;
+thread_local bool to_triton = false;
 
 // Calls fastvae._triton.`name` under the tensor's own device. Asking for the GIL of a Python that
 // isn't there, as in AOTInductor's C++ runner, would end the process.
@@ -33,7 +33,7 @@ OptTensor optional(const RowOperand& r, int64_t cols) {
 }
 
 unsigned rowwise(const RowTask& task) {
-  if (task.rows == 0) return 0;
+  if (task.rows == 0) return no_rows(task);
   const auto empty_like = [&](const Tensor& t) {
     return at::empty({task.rows, task.cols}, t.options());
   };
@@ -89,15 +89,15 @@ void scale_rows(const Tensor& grad, const Tensor& factor) {
 
 }  // namespace
 
-bool interpreting() { return interpret; }
+bool asked() { return to_triton; }
 
-bool set_interpreting(bool on) { return std::exchange(interpret, on); }
+bool ask(bool on) { return std::exchange(to_triton, on); }
 
 void remember(torch::autograd::AutogradContext* ctx) {
-  if (interpret) ctx->saved_data["interpret"] = true;
+  if (to_triton) ctx->saved_data["triton"] = true;
 }
 bool remembered(torch::autograd::AutogradContext* ctx) {
-  return ctx->saved_data.count("interpret") != 0;
+  return ctx->saved_data.count("triton") != 0;
 }
 
 }  // namespace fastvae::triton

@@ -5,16 +5,17 @@
 
 namespace fastvae::triton {
 
-// Whether this thread's CPU tensors go to Triton's interpreter.
-bool interpreting();
+// Whether this thread's tensors go to Triton: CUDA tensors to its kernels, CPU tensors to its
+// interpreter.
+bool asked();
 // Sends them there, or no longer; returns what was before.
-bool set_interpreting(bool on);
-class Interpret {
+bool ask(bool on);
+class Asked {
  public:
-  explicit Interpret(bool on) : before_(set_interpreting(on)) {}
-  ~Interpret() { set_interpreting(before_); }
-  Interpret(const Interpret&) = delete;
-  Interpret& operator=(const Interpret&) = delete;
+  explicit Asked(bool on) : before_(ask(on)) {}
+  ~Asked() { ask(before_); }
+  Asked(const Asked&) = delete;
+  Asked& operator=(const Asked&) = delete;
 
  private:
   bool before_;

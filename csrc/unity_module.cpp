@@ -2,6 +2,9 @@
 // unity_operators.cpp, beside it.
 #include "common.cpp"
 #include "device_cpu.cpp"
+#if defined(FASTVAE_CUDA)
+#include "device_cuda.cpp"
+#endif
 #include "memory.cpp"
 #include "nonfinite.cpp"
 #include "ops.cpp"

@@ -1,4 +1,4 @@
-"""What the formulas in plain PyTorch share, like csrc/cpu/compounds.h and _triton/math.py."""
+"""What the formulas in plain PyTorch share, like csrc/math/compounds.h and _triton/math.py."""
 
 import math
 

@@ -53,7 +53,7 @@ def diagnose(
         threshold: of the variance of μ over the batch (divided by B).
         loss: the negative ELBO of these samples in nats, [] (mean) or [B], with β = 1.
         x: the data, [B, *event_of_x]; D, its size per sample, is what the loss is divided by.
-        backend: "auto", "cpp", "triton" or "eager".
+        backend: "auto", "cpp", "cuda", "triton" or "eager".
 
     Raises:
         ValueError, TypeError: as `fastvae.kl_divergence`; an empty batch; one of loss and x

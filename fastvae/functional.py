@@ -65,7 +65,7 @@ def rsample(
             checked on CPU: each row's own index in the stream instead, in any order. With `seed`
             (another one for each call of a step), the noise of a sample then depends on the two,
             however the batch is split over ranks or micro-batches.
-        backend: "auto", "cpp", "triton" or "eager".
+        backend: "auto", "cpp", "cuda", "triton" or "eager".
 
     Returns:
         z, [B, *event] or [K, B, *event], in mu's dtype.
@@ -135,7 +135,7 @@ def kl_divergence(
         logvar: ln σ², the same shape, dtype and device.
         prior: (mu, logvar) of a diagonal normal, each a number or a tensor that broadcasts to mu's
             shape; N(0, I) if left out. Gradients flow to it.
-        backend: "auto", "cpp", "triton" or "eager".
+        backend: "auto", "cpp", "cuda", "triton" or "eager".
 
     Returns:
         kl, [B]; summed over the event dimensions.
@@ -167,7 +167,7 @@ def log_likelihood(
         likelihood: a name in ``fastvae.likelihoods.registry`` or an object.
         mask: bool, broadcastable to x. False leaves the element out: value and gradient are 0
             whatever is stored there.
-        backend: "auto", "cpp", "triton" or "eager".
+        backend: "auto", "cpp", "cuda", "triton" or "eager".
 
     Returns:
         [B] or [K, B]; summed over the event dimensions.
@@ -236,7 +236,7 @@ def elbo_loss(
             final sigmoid or tanh) makes autograd raise. Nothing is overwritten under no_grad, and
             the option has no effect under torch.compile and torch.func, in the eager backend, or
             for float16, whose gradient is not stored.
-        backend: "auto", "cpp", "triton" or "eager".
+        backend: "auto", "cpp", "cuda", "triton" or "eager".
 
     Returns:
         The loss: a scalar, or [B].

@@ -26,7 +26,7 @@ class ELBOLoss(nn.Module):
             both move with it and are part of its state. What an optimizer could make negative wants
             a softplus; after the meta device and ``to_empty`` assign it again.
         reduction: "mean" over the batch, "sum", or "none".
-        backend: "auto", "cpp", "triton" or "eager".
+        backend: "auto", "cpp", "cuda", "triton" or "eager".
         inplace_backward: as in `fastvae.elbo_loss`: recon is overwritten by its gradient.
         track_nonfinite: count rows that are not finite, on the device, for `check`: one small
             operator more per call on CPU, about twenty on a GPU.

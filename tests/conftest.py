@@ -105,35 +105,38 @@ def require(name: str) -> str:
 
 def serve(name: str) -> Iterator[str]:
     require(name)
-    with torch.device("cuda") if name == "triton" and GPU else contextlib.nullcontext():
+    on_gpu = GPU and name in ("cuda", "triton")
+    with torch.device("cuda") if on_gpu else contextlib.nullcontext():
         yield name
 
 
-@pytest.fixture(
-    params=["cpp", "eager", pytest.param("triton", marks=pytest.mark.gpu) if GPU else "triton"]
-)
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")] if GPU else []
+
+
+@pytest.fixture(params=["cpp", "eager", *(ON_GPU or ["triton"])])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend. Triton's kernels run on the GPU where there is one: then every tensor that a
     test makes is there. Elsewhere they are interpreted."""
     yield from serve(request.param)
 
 
-@pytest.fixture(params=["cpp", "eager", pytest.param("triton", marks=pytest.mark.gpu)][: 2 + GPU])
+@pytest.fixture(params=["cpp", "eager", *ON_GPU])
 def quick_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend but the interpreted one, for tests that would take it minutes."""
     yield from serve(request.param)
 
 
-@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if GPU else "cpu"])
+@pytest.fixture(params=ON_GPU or ["triton"])
 def triton_device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where tensors go through the Triton kernels: the GPU, or where there is none, the CPU, whose
-    tensors this thread sends to the interpreter, in torch.ops.fastvae too."""
-    require("triton")
+    """Where tensors go through the Triton kernels, in torch.ops.fastvae too: the GPU, or where
+    there is none, the CPU, whose tensors this thread sends to the interpreter. On the GPU the
+    kernels in CUDA C++ take their turn."""
+    require(request.param)
     from fastvae import _C
 
-    before = _C.interpret(not GPU)
-    yield request.param
-    _C.interpret(before)
+    before = _C.to_triton(request.param == "triton")
+    yield "cuda" if GPU else "cpu"
+    _C.to_triton(before)
 
 
 @pytest.fixture

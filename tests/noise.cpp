@@ -1,6 +1,6 @@
 // The bits of the normals of elements [0, 4096) under seed 0x123456789abcdef, a line each, for an
 // instruction set that this machine can only emulate; tests/test_vec.py compares them.
-#include "cpu/philox.h"
+#include "cpu/normals.h"
 
 #include <cstdio>
 #include <cstring>

@@ -208,13 +208,14 @@ def test_two_runs_give_the_same_bits(shape: tuple[int, ...]) -> None:
 @families
 @dtypes
 @pytest.mark.parametrize("shape", [(4, 3, 17), (3, 5000)], ids=str)
-def test_triton_agrees_with_eager(
-    family: Family, dtype: torch.dtype, shape: tuple[int, ...]
+@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+def test_the_kernels_agree_with_eager(
+    kernels: str, family: Family, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     x, *params = (t.cuda() for t in family.inputs(shape, dtype, 2))
     mu, logvar = (torch.randn(shape[0], 70, device="cuda").to(dtype) for _ in range(2))
     results = []
-    for backend in ("triton", "eager"):
+    for backend in (kernels, "eager"):
         leaves = [t.detach().requires_grad_() for t in (*params, mu, logvar)]
         torch.manual_seed(2)
         z, kl = fastvae.rsample_kl(*leaves[-2:], backend=backend)

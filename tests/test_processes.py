@@ -112,7 +112,7 @@ def test_a_process_without_python_is_told(native: None, tmp_path: Path) -> None:
 import ctypes
 import torch
 from fastvae import _C
-_C.interpret({{interpret}})
+_C.to_triton({{interpret}})
 ctypes.pythonapi.Py_AtExit(ctypes.CDLL({str(library)!r}).call_operator)
 """
 

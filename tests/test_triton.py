@@ -27,11 +27,11 @@ def plain(function: Callable[[], Any]) -> Any:
     """What the C++ kernels give."""
     from fastvae import _C
 
-    before = _C.interpret(False)
+    before = _C.to_triton(False)
     try:
         return function()
     finally:
-        _C.interpret(before)
+        _C.to_triton(before)
 
 
 def test_formulas_are_those_of_cpp_and_python(native: None) -> None:

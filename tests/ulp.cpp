@@ -1,6 +1,6 @@
-// Largest errors of the float32 vocabulary in csrc/cpu/math.h and compounds.h, against double precision.
+// Largest errors of the float32 vocabulary in csrc/math/math.h and compounds.h, against double precision.
 //   ulp STEP [OFFSET]: every STEP-th of the 2^32 bit patterns; prints "name ulp at count" per line.
-#include "cpu/compounds.h"
+#include "math/compounds.h"
 
 #include <cmath>
 #include <cstdio>

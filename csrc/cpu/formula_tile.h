@@ -1,11 +1,11 @@
 // A formula over the elements of one tile: load, evaluate, mask, sum, store.
 #pragma once
 
-#include "compounds.h"
-#include "domain.h"
-#include "sums.h"
+#include "../math/compounds.h"
 
 #include "../formulas/all.h"
+#include "domain.h"
+#include "sums.h"
 
 namespace fastvae {
 inline namespace CPU_CAPABILITY {

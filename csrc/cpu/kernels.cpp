@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "compounds.h"
+#include "../math/compounds.h"
 
 #include "rowwise.h"
 #include "sampling.h"

@@ -143,6 +143,15 @@ FASTVAE_INLINE auto max_lanes(const V& v) {
 
 FASTVAE_INLINE F32 max(const F32& a, const F32& b) { return at::vec::maximum(a, b); }
 FASTVAE_INLINE F64 max(const F64& a, const F64& b) { return at::vec::maximum(a, b); }
+// These keep NaN.
+template <class V>
+FASTVAE_INLINE V clamp(const V& x, const V& low, const V& high) {
+  return at::vec::clamp(x, low, high);
+}
+template <class V>
+FASTVAE_INLINE V clamp_min(const V& x, const V& low) {
+  return at::vec::clamp_min(x, low);
+}
 
 // a ≥ 0 with the sign of b.
 template <class V>
@@ -226,6 +235,12 @@ FASTVAE_INLINE I32 shift_right_unsigned(const I32& x) {
 #endif
 }
 
+// The same bits as another type; and conversions by value, to integers towards 0.
+FASTVAE_INLINE I32 as_ints(const F32& x) { return at::vec::cast<int32_t>(x); }
+FASTVAE_INLINE F32 as_floats(const I32& x) { return at::vec::cast<float>(x); }
+FASTVAE_INLINE F32 to_floats(const I32& x) { return at::vec::convert_to_fp_of_same_size<float>(x); }
+FASTVAE_INLINE I32 to_ints(const F32& x) { return at::vec::convert_to_int_of_same_size(x); }
+
 // The nearest integers, ties to even.
 FASTVAE_INLINE I32 nearest(const F32& x) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -235,7 +250,7 @@ FASTVAE_INLINE I32 nearest(const F32& x) {
 #elif defined(__aarch64__)
   return I32(vcvtnq_s32_f32(x));
 #else
-  return at::vec::convert_to_int_of_same_size(x.round());
+  return to_ints(x.round());
 #endif
 }
 

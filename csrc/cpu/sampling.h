@@ -1,7 +1,7 @@
 // The latent loop: draws ε, writes z, sums the KL; and its backward, which draws the same ε again.
 #pragma once
 
-#include "philox.h"
+#include "normals.h"
 #include "rowwise.h"
 
 namespace fastvae {

@@ -1,4 +1,4 @@
-// Every row formula, in one list. Include the vocabulary, cpu/compounds.h, first.
+// Every row formula, in one list. Include the vocabulary, math/compounds.h, first.
 #pragma once
 
 #include <string_view>

@@ -1,14 +1,14 @@
 // What every formula shares. A formula is a struct with its name, a table of inputs, its number of
 // options, and a function on lanes V: values in, value and gradients out. It sees no pointer, mask
 // or dtype. The vocabulary it calls (exp, log1p, select, ...) is included before it:
-// cpu/compounds.h.
+// math/compounds.h.
 #pragma once
 
 #include <cstdint>
 #include <iterator>
 
 #if defined(__CUDACC__)
-#define FASTVAE_INLINE __host__ __device__ __forceinline__
+#define FASTVAE_INLINE __device__ __forceinline__
 #else
 #define FASTVAE_INLINE inline __attribute__((always_inline))
 #endif

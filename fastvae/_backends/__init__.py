@@ -4,29 +4,31 @@ from typing import cast
 
 import torch
 
-from fastvae._backends import cpp, eager, triton
+from fastvae._backends import cpp, cuda, eager, triton
 from fastvae._backends._common import Backend, Ops, Prior, Terms
 
 __all__ = ["Backend", "Ops", "Prior", "Terms", "backends", "check_backend", "select"]
 
-_NAMES = ("auto", "cpp", "triton", "eager")
-_CPP, _TRITON, _EAGER = cast(Ops, cpp), cast(Ops, triton), cast(Ops, eager)
+_NAMES = ("auto", "cpp", "cuda", "triton", "eager")
+_CPP, _CUDA = cast(Ops, cpp), cast(Ops, cuda)
+_TRITON, _EAGER = cast(Ops, triton), cast(Ops, eager)
 
 
 def backends() -> dict[str, Backend]:
     """Which backends can serve here, and for those that can't, why.
 
     Returns:
-        ``{"cpp": Backend(available, detail), "triton": …, "eager": …}``.
+        ``{"cpp": Backend(available, detail), "cuda": …, "triton": …, "eager": …}``.
     """
-    return {"cpp": _CPP.status(), "triton": _TRITON.status(), "eager": _EAGER.status()}
+    ops = {"cpp": _CPP, "cuda": _CUDA, "triton": _TRITON, "eager": _EAGER}
+    return {name: backend.status() for name, backend in ops.items()}
 
 
 def select(backend: str, device: torch.device) -> Ops:
     """The backend's functions for tensors on `device`.
 
-    ``"auto"`` is cpp for CPU tensors, triton for CUDA tensors, and eager for other devices or
-    where the extension is not built.
+    ``"auto"`` is cpp for CPU tensors, for CUDA tensors cuda, or triton where that is not built, and
+    eager for other devices or where the extension is not built.
 
     Raises:
         ValueError: an unknown name, or a backend that can't serve this device here.
@@ -35,9 +37,14 @@ def select(backend: str, device: torch.device) -> Ops:
     if backend == "auto":
         if device.type == "cpu" and cpp.status().available:
             return _CPP
+        if device.type == "cuda" and cuda.missing() is None:
+            return _CUDA
         if device.type == "cuda" and cpp.status().available:
             if (reason := triton.missing()) is not None:
-                raise ValueError(f"CUDA tensors need Triton, or backend='eager': {reason}")
+                raise ValueError(
+                    "CUDA tensors need an extension built with CUDA, or Triton, or "
+                    f"backend='eager': {reason}"
+                )
             return _TRITON
         return _EAGER
     if backend == "cpp":
@@ -46,6 +53,12 @@ def select(backend: str, device: torch.device) -> Ops:
         if device.type != "cpu":
             raise ValueError(f"backend 'cpp' serves CPU tensors, got a tensor on {device}")
         return _CPP
+    if backend == "cuda":
+        if (reason := cuda.missing()) is not None:
+            raise ValueError(f"backend 'cuda' is not available: {reason}")
+        if device.type != "cuda":
+            raise ValueError(f"backend 'cuda' serves CUDA tensors, got a tensor on {device}")
+        return _CUDA
     if backend == "triton":
         if (reason := triton.missing()) is not None:
             raise ValueError(f"backend 'triton' is not available: {reason}")

@@ -35,7 +35,7 @@ def _noise(
     sample_offset: int,
     sample_index: Tensor | None,
 ) -> Tensor:
-    """The normals of csrc/cpu/philox.h, [K, *size] in float32."""
+    """The normals of csrc/math/philox.h, [K, *size] in float32."""
     batch, columns = size[0], size[1:].numel()
     device = seed.device
     sample = sample_index

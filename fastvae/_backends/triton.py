@@ -1,4 +1,4 @@
-"""The Triton backend: CUDA tensors through torch.ops.fastvae, whose CUDA side is fastvae/_triton.
+"""The Triton backend: CUDA tensors through torch.ops.fastvae, whose kernels are fastvae/_triton.
 
 Under TRITON_INTERPRET=1 it takes CPU tensors too: how the kernels are checked without a GPU.
 """
@@ -14,7 +14,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastvae._backends import cpp
+from fastvae._backends import cpp, cuda
 from fastvae._backends._common import Backend, minor
 
 P = ParamSpec("P")
@@ -70,19 +70,25 @@ def status() -> Backend:
 def _serving(
     function: Callable[Concatenate[Tensor, P], T],
 ) -> Callable[Concatenate[Tensor, P], T]:
-    """The function, with CPU tensors sent to the interpreter; CUDA ones go to Triton anyway."""
+    """The function, with this thread's tensors sent to Triton: CPU tensors to its interpreter, and
+    CUDA tensors to its kernels where they would go to those in CUDA C++."""
 
     @functools.wraps(function)
     def served(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        if first.device.type != "cpu":
+        if first.device.type != "cpu" and cuda.missing() is not None:
             return function(first, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "backend 'triton' does not serve compiled code here, whose CUDA tensors go to "
+                "backend 'cuda': leave backend out"
+            )
         from fastvae import _C
 
-        before = _C.interpret(True)
+        before = _C.to_triton(True)
         try:
             return function(first, *args, **kwargs)
         finally:
-            _C.interpret(before)
+            _C.to_triton(before)
 
     return served
 

@@ -1,4 +1,4 @@
-"""The kernels' vocabulary: csrc/cpu/math.h and compounds.h in Triton, operation by operation.
+"""The kernels' vocabulary: csrc/math/math.h and compounds.h in Triton, operation by operation.
 
 float32: the same polynomials, from +, −, × and fma alone. So the bounds in ULP hold on a GPU as in
 the interpreter, and the noise has the C++ kernels' bits. Triton's own exp and log are the

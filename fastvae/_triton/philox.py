@@ -1,4 +1,4 @@
-"""Counter-based standard normals: Philox4x32-10 and Box–Muller, as csrc/cpu/philox.h.
+"""Counter-based standard normals: Philox4x32-10 and Box–Muller, as csrc/math/philox.h.
 
 The normal of element i depends on (seed, i) alone: counter 16·(i div 64) + i mod 16, and of that
 counter's four normals the (i mod 64) div 16-th.

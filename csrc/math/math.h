@@ -5,7 +5,11 @@
 // bit patterns.
 #pragma once
 
-#include "lanes.h"
+#if defined(__CUDACC__)
+#include "../cuda/lanes.h"
+#else
+#include "../cpu/lanes.h"
+#endif
 
 namespace fastvae {
 inline namespace CPU_CAPABILITY {
@@ -36,10 +40,9 @@ FASTVAE_INLINE F32 scale2(const F32& p, const F32& n) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, n);
 #else
-  const I32 i = at::vec::convert_to_int_of_same_size(n);
+  const I32 i = to_ints(n);
   const I32 half = i >> I32(1), bias(127), mantissa(23);  // in two factors: 2^±150 is no float
-  return p * at::vec::cast<float>((half + bias) << mantissa) *
-         at::vec::cast<float>((i - half + bias) << mantissa);
+  return p * as_floats((half + bias) << mantissa) * as_floats((i - half + bias) << mantissa);
 #endif
 }
 
@@ -52,27 +55,46 @@ struct ExpFactor32 {
   }
 };
 
-FASTVAE_INLINE ExpFactor32 exp_unclamped(const F32& x) {
-  const F32 n = (x * F32(1.44269504f)).round();
+// Gives p − 1, and n.
+FASTVAE_INLINE F32 exp_beyond_one(const F32& x, F32& n) {
+  n = (x * F32(1.44269504f)).round();
   F32 r = fmadd(n, F32(-0.693359375f), x);  // ln 2 in two parts; n times the first is exact
   r = fmadd(n, F32(2.12194440e-4f), r);
   constexpr float c[] = {0.49999991059303284f, 0.16666419804096222f, 0.041668232530355453f,
                          0.008374898694455624f, 0.0013836740981787443f};
-  return {F32(1.f) + fmadd(r * r, polynomial(r, c), r), n};
+  return fmadd(r * r, polynomial(r, c), r);
+}
+
+FASTVAE_INLINE ExpFactor32 exp_unclamped(const F32& x) {
+  F32 n;
+  const F32 beyond_one = exp_beyond_one(x, n);
+  return {F32(1.f) + beyond_one, n};
 }
 
 // e^x as a factor, for every x: beyond ±174 every product with a float but 0 is 0 or ∞ even when
-// squared. at::vec's clamps keep NaN.
+// squared. the clamps keep NaN.
 FASTVAE_INLINE ExpFactor32 exp_factor(const F32& x) {
-  return exp_unclamped(at::vec::clamp(x, F32(-174.f), F32(174.f)));
+  return exp_unclamped(clamp(x, F32(-174.f), F32(174.f)));
 }
 
 // e^x for every x; ≤ 1.2 ULP.
 FASTVAE_INLINE F32 exp(const F32& x) {
-  const ExpFactor32 e = exp_unclamped(at::vec::clamp(x, F32(-104.f), F32(89.f)));
+  const ExpFactor32 e = exp_unclamped(clamp(x, F32(-104.f), F32(89.f)));
   return scale2(e.p, e.n);
 }
 
+#if defined(__CUDACC__)
+// e^x, or half of it, for x in [−104, 90] or NaN. `low`: what the rounding left over. A table, as
+// below, would lie in memory.
+template <int, bool half = false>
+FASTVAE_INLINE F32 exp_eighths(const F32& x, F32* low = nullptr) {
+  F32 n;
+  const F32 beyond_one = exp_beyond_one(x, n), p = F32(1.f) + beyond_one;
+  if (half) n = n - F32(1.f);
+  if (low) *low = scale2(beyond_one - (p - F32(1.f)), n);
+  return scale2(p, n);
+}
+#else
 // e^x = 2^(j/8) e^r · 2^⌊n⌋ with |r| ≤ ln 2 / 16 and j / 8 the fraction of n.
 struct Eighths {
   F32 n;           // a multiple of 1/8
@@ -95,7 +117,7 @@ FASTVAE_INLINE Eighths exp_parts(const F32& x) {
   constexpr float c[] = {0.5f, 0.16667887568473816f, 0.04166870191693306f};
   const F32 magic(0x1.8p20f);  // its last place is 1/8: adding it rounds to eighths
   const F32 shifted = fmadd(x, F32(1.44269504f), magic), n = shifted - magic;
-  const I32 bits = at::vec::cast<int32_t>(shifted);
+  const I32 bits = as_ints(shifted);
   const F32 t = lookup8(head, bits), t_tail = lookup8(tail, bits);
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
   // x − n ln 2 is exact in one fma; what ln 2 lacks is added to r late, beside the polynomial.
@@ -124,13 +146,13 @@ FASTVAE_INLINE F32 exp_eighths(const F32& x, F32* low = nullptr) {
   return _mm512_scalef_ps(e.value, n);  // by 2^⌊n⌋
 #else
   constexpr int32_t magic_eighths = 0x49c00000 >> 3;
-  const F32 power =
-      at::vec::cast<float>(shift_left<23>((e.bits >> I32(3)) + I32(127 + up - magic_eighths)));
+  const F32 power = as_floats(shift_left<23>((e.bits >> I32(3)) + I32(127 + up - magic_eighths)));
   const F32 back((up > 0 ? 0x1p-64f : 0x1p64f) * (half ? 0.5f : 1.f));
   if (low) *low = e.low * power * back;
   return e.value * power * back;
 #endif
 }
+#endif  // CUDA
 
 // e^x for x ≤ 0, its sign bit set, in fewer steps than exp; ≤ 0.8 ULP.
 FASTVAE_INLINE F32 exp_negative(const F32& x) {
@@ -140,19 +162,19 @@ FASTVAE_INLINE F32 exp_negative(const F32& x) {
   const __m256i far = _mm256_cmpgt_epi32(_mm256_castps_si256(x), limit);
   if (__builtin_expect(_mm256_movemask_ps(_mm256_castsi256_ps(far)) == 0, 1)) {
     const Eighths e = exp_parts(x);
-    return at::vec::cast<float>(at::vec::cast<int32_t>(e.value) + shift_left<20>(e.bits & I32(~7)));
+    return as_floats(as_ints(e.value) + shift_left<20>(e.bits & I32(~7)));
   }
 #endif
-  return exp_eighths<64>(at::vec::clamp_min(x, F32(-104.f)));  // keeps NaN
+  return exp_eighths<64>(clamp_min(x, F32(-104.f)));  // keeps NaN
 }
 
 // n ln 2 + ln m + correction for x = 2^n m > 0, not subnormal, finite; ≤ 0.85 ULP.
 FASTVAE_INLINE F32 log_normal(const F32& x, const F32& correction, const F32& extra_exponent) {
-  const I32 bits = at::vec::cast<int32_t>(x);
+  const I32 bits = as_ints(x);
   // The mantissa is taken in [√½, √2), so that ln m ≈ 0 where x ≈ 1.
   const I32 k = (bits - I32(0x3f3504f3)) >> I32(23);
-  const F32 m = at::vec::cast<float>(bits - shift_left<23>(k));
-  const F32 n = at::vec::convert_to_fp_of_same_size<float>(k) + extra_exponent;
+  const F32 m = as_floats(bits - shift_left<23>(k));
+  const F32 n = to_floats(k) + extra_exponent;
   const F32 f = m - F32(1.f), f2 = f * f;
   constexpr float c[] = {0.3333331346511841f,   -0.24999988079071045f, 0.2000206857919693f,
                          -0.16669125854969025f, 0.14221230149269104f,  -0.12387536466121674f,
@@ -198,7 +220,7 @@ struct ExpFactor64 {
 };
 
 FASTVAE_INLINE ExpFactor64 exp_factor(const F64& x) {
-  return {(F64(0.5) * at::vec::clamp(x, F64(-1400.0), F64(1400.0))).exp()};
+  return {(F64(0.5) * clamp(x, F64(-1400.0), F64(1400.0))).exp()};
 }
 FASTVAE_INLINE F64 exp_negative(const F64& x) { return x.exp(); }
 FASTVAE_INLINE F64 log(const F64& x) { return x.log(); }
@@ -212,7 +234,7 @@ struct SinCos {
 FASTVAE_INLINE SinCos sincospi(const F32& t) {
   const I32 k = nearest(t + t);
   // Exact; in [−¼, ¼].
-  const F32 r = fmadd(at::vec::convert_to_fp_of_same_size<float>(k), F32(-0.5f), t), r2 = r * r;
+  const F32 r = fmadd(to_floats(k), F32(-0.5f), t), r2 = r * r;
   constexpr float cs[] = {3.1415927410125732f, -5.167707920074463f, 2.5497610569000244f,
                           -0.5890122056007385f};
   constexpr float cc[] = {1.f, -4.934802055358887f, 4.058706760406494f, -1.3350359201431274f,
@@ -227,9 +249,9 @@ FASTVAE_INLINE SinCos sincospi(const F32& t) {
                                                              _mm512_set1_epi32(INT32_MIN), 0x78)));
   };
 #else
-  const auto odd = sign_bit(at::vec::cast<float>(shift_left<31>(k)));
+  const auto odd = sign_bit(as_floats(shift_left<31>(k)));
   const auto flip = [](const F32& v, const I32& turn) {
-    return v ^ at::vec::cast<float>(turn & I32(INT32_MIN));
+    return v ^ as_floats(turn & I32(INT32_MIN));
   };
 #endif
   return {flip(select(odd, c, s), sin_turn), flip(select(odd, s, c), cos_turn)};

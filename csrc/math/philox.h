@@ -64,6 +64,9 @@ FASTVAE_INLINE HiLo mul_hi_lo(const Word& a, uint32_t m) {
   const __m256i mm = _mm256_set1_epi64x(m);
   const __m256i even = _mm256_mul_epu32(a.even, mm), odd = _mm256_mul_epu32(a.odd, mm);
   return {{_mm256_srli_epi64(even, 32), _mm256_srli_epi64(odd, 32)}, {even, odd}};
+#elif defined(__CUDACC__)
+  const auto in = static_cast<uint32_t>(a.lanes.v);
+  return {{I32(static_cast<int32_t>(__umulhi(in, m)))}, {I32(static_cast<int32_t>(in * m))}};
 #elif defined(__aarch64__)
   const uint32x4_t in = vreinterpretq_u32_s32(a.lanes);
   const uint32x4_t low = vreinterpretq_u32_u64(vmull_n_u32(vget_low_u32(in), m)),
@@ -95,7 +98,7 @@ FASTVAE_INLINE Word xor3(const Word& a, const Word& b, uint32_t k) {
 struct PhiloxKey {
   uint32_t round[10][2];
 
-  explicit PhiloxKey(uint32_t key0, uint32_t key1) {
+  explicit FASTVAE_INLINE PhiloxKey(uint32_t key0, uint32_t key1) {
     for (auto& k : round) {
       k[0] = key0;
       k[1] = key1;
@@ -142,61 +145,12 @@ FASTVAE_INLINE Philox philox4x32_10(const I32& low, uint32_t high, const PhiloxK
 // tail reaches 6.66σ; the angle has all 32.
 FASTVAE_INLINE void box_muller(const I32& a, const I32& b, F32& n0, F32& n1) {
   const I32 a31 = shift_right_unsigned<1>(a);
-  const F32 u =
-      fmadd(at::vec::convert_to_fp_of_same_size<float>(a31), F32(0x1p-31f), F32(0x1p-32f));
+  const F32 u = fmadd(to_floats(a31), F32(0x1p-31f), F32(0x1p-32f));
   const F32 radius = (F32(-2.f) * log_unit(u)).sqrt();
-  const SinCos angle = sincospi(at::vec::convert_to_fp_of_same_size<float>(b) * F32(0x1p-31f));
+  const SinCos angle = sincospi(to_floats(b) * F32(0x1p-31f));
   n0 = radius * angle.cos;
   n1 = radius * angle.sin;
 }
-
-// The normals of elements [block · 64, block · 64 + 64).
-FASTVAE_INLINE void normal_block(const PhiloxKey& key, uint64_t block, float* out) {
-  alignas(64) static constexpr int32_t iota[16] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                                   8, 9, 10, 11, 12, 13, 14, 15};
-  const uint64_t first = block * 16;  // a multiple of 16: adding a lane never carries
-  for (int lane = 0; lane < 16; lane += I32::size()) {
-    const I32 low = I32(static_cast<int32_t>(first)) + I32::loadu(iota + lane);
-    const Philox w = philox4x32_10(low, static_cast<uint32_t>(first >> 32), key);
-    F32 n[4];
-    box_muller(w.word[0], w.word[1], n[0], n[1]);
-    box_muller(w.word[2], w.word[3], n[2], n[3]);
-    for (int k = 0; k < 4; ++k) n[k].store(out + 16 * k + lane);
-  }
-}
-
-// A window on the stream: neighbouring requests are served from the normals already drawn.
-class Normals {
- public:
-  static constexpr int64_t max_request = 1024;
-
-  // `in_order`: requests mostly follow one another.
-  Normals(uint64_t seed, bool in_order)
-      : key_(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)),
-        look_ahead_(in_order ? 512 : 0) {}
-
-  // Elements [i, i + n), n ≤ max_request; valid until the next call.
-  const float* at(uint64_t i, int64_t n) {
-    if (i < begin_ || i + n > end_) {
-      begin_ = i - i % philox_block;
-      const uint64_t wanted = i + n - begin_;
-      // Short rows look ahead, so that one refill serves many of them.
-      end_ = begin_ + (wanted < look_ahead_
-                           ? look_ahead_
-                           : (wanted + philox_block - 1) / philox_block * philox_block);
-      for (uint64_t e = begin_; e < end_; e += philox_block)
-        normal_block(key_, e / philox_block, buffer_ + (e - begin_));
-    }
-    return buffer_ + (i - begin_);
-  }
-
- private:
-  static constexpr int window = max_request + philox_block;
-  PhiloxKey key_;
-  uint64_t look_ahead_;
-  uint64_t begin_ = 1, end_ = 0;
-  alignas(64) float buffer_[window];
-};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fastvae

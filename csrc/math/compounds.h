@@ -42,7 +42,7 @@ FASTVAE_INLINE LogLogistic<V> log_logistic(const V& x, const V& l) {
   const V zero = num<V>(0), one = num<V>(1);
   const V odds = exp_negative(l | num<V>(-0.0)), small = share(odds);
   // σ(−|l|) = small; the other one is 1 − that, and the 1 goes to x.
-  return {fmsub(x, l, at::vec::clamp_min(l, zero)), odds,
+  return {fmsub(x, l, clamp_min(l, zero)), odds,
           select(sign_bit(l), x, x - one) + with_sign(small, l)};
 }
 
@@ -62,7 +62,7 @@ FASTVAE_INLINE HalfPhiExpm1<F32> half_phi_expm1(const F32& d) {
   const auto near = between(-one, d, one), finite = between(-limit, d, limit);
   const F32 dd = d * d, phi = fmadd(dd * d, polynomial(d, c), half * dd);
   F32 low;
-  const F32 e = exp_eighths<-64, true>(at::vec::clamp(d, F32(-40.f), limit), &low);
+  const F32 e = exp_eighths<-64, true>(clamp(d, F32(-40.f), limit), &low);
   const F32 u = one + d, rest = select(finite, low - half * (d - (u - one)), F32(0.f));
   return {select(near, half * phi, (e - half * u) + rest),
           select(near, half * (phi + d), e - half)};

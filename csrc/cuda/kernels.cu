@@ -1,0 +1,146 @@
+// Launches the kernels. Compiled once per formula (FASTVAE_FORMULA, its place in Formulas), and
+// once without, for all that belongs to none.
+#include "kernels.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#if defined(FASTVAE_FORMULA)
+#include "sites.h"
+#else
+#include "elbo.h"
+#include "sampling.h"
+#endif
+
+namespace fastvae {
+
+// Compiled apart from one another.
+template <class F>
+void launch_rowwise(const cuda::RowwiseArgs& a, int64_t blocks, cudaStream_t stream);
+
+namespace {
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, const Args&... args) {
+  if (blocks == 0) return;
+  if (blocks >= int64_t{1} << 31)
+    throw std::invalid_argument(
+        "fastvae: a kernel has fewer than 2^31 blocks, these tensors need " +
+        std::to_string(blocks));
+  kernel<<<static_cast<unsigned>(blocks), block_threads, 0, stream>>>(args...);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
+    throw std::runtime_error(std::string("fastvae: a kernel could not be launched: ") +
+                             cudaGetErrorString(error));
+}
+
+}  // namespace
+
+#if defined(FASTVAE_FORMULA)
+
+namespace {
+
+template <class... F>
+auto formula_at(List<F...>) -> std::tuple_element_t<FASTVAE_FORMULA, std::tuple<F...>>;
+
+template <class F, class T>
+void launch_as(const cuda::RowwiseArgs& a, int64_t blocks, cudaStream_t stream) {
+  if constexpr (!has_planes<F>)
+    launch(a.want_grad ? rowwise_kernel<F, T, true> : rowwise_kernel<F, T, false>, blocks, stream,
+           a);
+  else if (a.across_planes)
+    launch(sites_kernel<F, T, across_planes<F>>, blocks, stream, a);
+  else
+    launch(sites_kernel<F, T, false>, blocks, stream, a);
+}
+
+}  // namespace
+
+template <class F>
+void launch_rowwise(const cuda::RowwiseArgs& a, int64_t blocks, cudaStream_t stream) {
+  a.use_double ? launch_as<F, double>(a, blocks, stream) : launch_as<F, float>(a, blocks, stream);
+}
+
+template void launch_rowwise<decltype(formula_at(Formulas{}))>(const cuda::RowwiseArgs&, int64_t,
+                                                               cudaStream_t);
+
+#else
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t blocks_of(const cuda::Split& s, int64_t rows) {
+  return ceil_div(rows * s.splits, block_threads / s.lanes);
+}
+
+}  // namespace
+
+namespace cuda {
+
+Split deal(int64_t rows, int64_t cols, int64_t per_thread) {
+  const int64_t vectors = ceil_div(cols, per_thread);
+  Split s;
+  while (s.lanes > 1 && s.lanes / 2 >= vectors) s.lanes /= 2;
+  const int64_t tile = s.lanes * per_thread, tiles = std::max<int64_t>(ceil_div(cols, tile), 1);
+  const int64_t wanted = s.lanes < block_threads
+                             ? 1
+                             : std::min(tiles, ceil_div(enough_blocks, std::max<int64_t>(rows, 1)));
+  s.chunk = ceil_div(tiles, wanted) * tile;
+  s.splits = std::max<int64_t>(ceil_div(cols, s.chunk), 1);
+  return s;
+}
+
+void rowwise(const RowwiseArgs& a, cudaStream_t stream) {
+  const int64_t blocks = blocks_of(a.split, a.rows);
+  for_each_formula(Formulas{}, [&](int i, auto f) {
+    if (i == a.formula) launch_rowwise<decltype(f)>(a, blocks, stream);
+  });
+}
+
+void sample(const SampleArgs& a, cudaStream_t stream) {
+  const bool whole = a.cols % philox_block == 0;
+  const auto run = [&]<class T>(T) {
+    launch(whole ? sample_kernel<T, true> : sample_kernel<T, false>,
+           blocks_of(a.split, a.batch * a.stream.num_samples), stream, a);
+  };
+  a.use_double ? run(0.0) : run(0.f);
+}
+
+void sample_backward(const SampleBackwardArgs& a, cudaStream_t stream) {
+  const bool whole = a.cols % philox_block == 0;
+  const auto run = [&]<class T>(T) {
+    launch(whole ? sample_backward_kernel<T, true> : sample_backward_kernel<T, false>,
+           blocks_of(a.split, a.batch), stream, a);
+  };
+  a.use_double ? run(0.0) : run(0.f);
+}
+
+void elbo_reduce(const ReduceArgs& a, cudaStream_t stream) {
+  launch(elbo_reduce_kernel, a.each ? ceil_div(a.batch, block_threads) : 1, stream, a);
+}
+
+void scale_rows(const ScaleArgs& a, cudaStream_t stream) {
+  const bool use_double = a.grad.dtype == DType::f64;
+  const Split split = deal(a.rows, a.cols, per_thread(use_double));
+  launch(use_double ? scale_kernel<double> : scale_kernel<float>, blocks_of(split, a.rows), stream,
+         a, split);
+}
+
+void sum_parts(const void* partial, int64_t count, int64_t parts, bool use_double, void* out,
+               cudaStream_t stream) {
+  const int64_t blocks = ceil_div(count, block_threads);
+  if (use_double)
+    launch(sum_parts_kernel<double>, blocks, stream, static_cast<const double*>(partial), count,
+           parts, static_cast<double*>(out));
+  else
+    launch(sum_parts_kernel<float>, blocks, stream, static_cast<const float*>(partial), count,
+           parts, static_cast<float*>(out));
+}
+
+}  // namespace cuda
+
+#endif
+
+}  // namespace fastvae

@@ -1,0 +1,167 @@
+// The row kernel: any formula, its value summed along rows, with its gradients, in one pass.
+#pragma once
+
+#include "../math/compounds.h"
+
+#include "../formulas/all.h"
+#include "memory.h"
+
+namespace fastvae {
+inline namespace CPU_CAPABILITY {
+
+// The elements that a formula leaves to its eval_rare: a warp's lie in shared memory, packed, so
+// that its threads do them together, and go back to whose they are.
+template <class F, class T>
+class RareElements {
+  static constexpr int N = rare_inputs<F>, W = width<T>;
+
+ public:
+  struct Shared {
+    T in[N][32 * W];  // x and the parameters; then the value and their gradients
+  };
+
+  // Of this thread's elements, those that `mine` has bits of. All threads of the warp take part.
+  template <bool Grad, int M>
+  static FASTVAE_INLINE void add(Shared& shared, unsigned mine, const T (&in)[M][W],
+                                 const Lane<T>* options, T (&value)[W], T (&grad)[M][W]) {
+    const unsigned lane = threadIdx.x % 32, before = (1u << lane) - 1;
+    int at[W], count = 0;
+#pragma unroll
+    for (int p = 0; p < W; ++p) {
+      const unsigned with = __ballot_sync(0xffffffffu, mine >> p & 1);
+      at[p] = count + __popc(with & before);
+      count += __popc(with);
+    }
+    if (count == 0) return;
+#pragma unroll
+    for (int p = 0; p < W; ++p)
+      if (mine >> p & 1)
+#pragma unroll
+        for (int j = 0; j < N; ++j) shared.in[j][at[p]] = in[j][p];
+    __syncwarp();
+    for (int i = static_cast<int>(lane); i < count; i += 32) {
+      Lane<T> v[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) v[j] = Lane<T>(shared.in[j][i]);
+      const auto r = v[0].v <= T(F::rare_limit) ? F::template eval_rare<Lane<T>, 0>(v, options)
+                                                : F::template eval_rare<Lane<T>, 1>(v, options);
+      shared.in[0][i] = r.value.v;
+#pragma unroll
+      for (int j = 1; Grad && j < N; ++j) shared.in[j][i] = r.grad[j].v;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int p = 0; p < W; ++p) {
+      if (!(mine >> p & 1)) continue;
+      value[p] += shared.in[0][at[p]];
+#pragma unroll
+      for (int j = 1; Grad && j < N; ++j) grad[j][p] = shared.in[j][at[p]];
+    }
+    __syncwarp();
+  }
+};
+
+template <class F, class T, bool Grad>
+__global__ void __launch_bounds__(block_threads)
+    rowwise_kernel(const __grid_constant__ cuda::RowwiseArgs a) {
+  constexpr int N = inputs_of<F>, W = width<T>;
+  constexpr bool odds_too = requires { F::log_odds; }, gain_too = requires { F::log_gain; };
+  using Rare = RareElements<F, T>;
+  __shared__ std::conditional_t<rare_inputs<F> != 0, typename Rare::Shared, char>
+      packed[rare_inputs<F> != 0 ? block_threads / 32 : 1];
+
+  const Place place(a.split, a.rows, a.cols, W);
+  Lane<T> options[max_options];
+  for (int i = 0; i < F::options; ++i) options[i] = Lane<T>(static_cast<T>(a.options[i]));
+  T factor = static_cast<T>(a.scale);
+  if (Grad && a.weight.data && place.exists)
+    factor *= load_float<T>(a.weight.data, a.weight.dtype,
+                            row_of(place.row, a.weight.period) * a.weight.row_stride);
+
+  T sum = 0, sums[N] = {};
+  const int64_t step = static_cast<int64_t>(a.split.lanes) * W;
+  // A warp stays together where it packs.
+  for (int64_t start = place.first - place.lane * W;; start += step) {
+    const int64_t col = start + place.lane * W;
+    const int n = col >= place.end      ? 0
+                  : place.end - col < W ? static_cast<int>(place.end - col)
+                                        : W;
+    if (rare_inputs<F> != 0 ? !__any_sync(0xffffffffu, n > 0) : n == 0) break;
+
+    T in[N][W] = {}, value[W], grad[N][W];
+    unsigned counts = (1u << n) - 1;  // a bit each: the elements that are there and not masked
+    if (n > 0) {
+      Fetched<T> fetched[N], mask;
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        fetched[j].fetch(a.in[j], j == 0 ? a.in[j].dtype : floating(a.in[j].dtype), place.row, col,
+                         n);
+      if (a.mask.data) {
+        T keep[W];
+        mask.fetch(a.mask, DType::u8, place.row, col, n);
+        mask.understand(keep);
+#pragma unroll
+        for (int p = 0; p < W; ++p)
+          if (keep[p] == T(0)) counts &= ~(1u << p);
+      }
+#pragma unroll
+      for (int j = 0; j < N; ++j) fetched[j].understand(in[j]);
+    }
+    Lane<T> odds(T(0)), gain(T(0));  // the products of what 1 is added to, beyond 1
+    unsigned rare = 0;
+#pragma unroll
+    for (int p = 0; p < W; ++p) {
+      Lane<T> v[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) v[j] = Lane<T>(in[j][p]);
+      const auto r = F::template eval<Lane<T>>(v, options);
+      value[p] = r.value.v;
+#pragma unroll
+      for (int j = 0; j < N; ++j) grad[j][p] = r.grad[j].v;
+      const bool some = counts >> p & 1;
+      if constexpr (odds_too)
+        odds = select(some, fmadd(odds, Lane<T>(T(1)) + r.odds, r.odds), odds);
+      if constexpr (gain_too)
+        gain = select(some, fmadd(gain, Lane<T>(T(1)) + r.gain, r.gain), gain);
+      if (rare_inputs<F> != 0 && some && in[0][p] > T(0)) rare |= 1u << p;
+    }
+    if constexpr (rare_inputs<F> != 0)
+      Rare::template add<Grad>(packed[threadIdx.x / 32], rare, in, options, value, grad);
+
+    T part = 0;
+#pragma unroll
+    for (int p = 0; p < W; ++p) part += counts >> p & 1 ? value[p] : T(0);
+    if constexpr (odds_too) part -= log1p(odds).v;
+    if constexpr (gain_too) part += log1p(gain).v;
+    sum += part;
+    if (!Grad || n == 0) continue;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const bool dense = a.grad[j].data, along = a.sum[1 + j];
+      if (!dense && !along) continue;
+      T scaled[W];
+#pragma unroll
+      for (int p = 0; p < W; ++p)  // not 0 · ∞: β may be 0 where the KL is infinite
+        scaled[p] = (counts >> p & 1) && factor != T(0) ? factor * grad[j][p] : T(0);
+      if (dense)
+        store<T>(a.grad[j], place.row * a.cols + col, n, scaled);
+      else
+#pragma unroll
+        for (int p = 0; p < W; ++p) sums[j] += scaled[p];
+    }
+  }
+
+  const int64_t out = place.row * a.split.splits + place.split;
+  const bool writes = place.exists && place.lane == 0;
+  sum = sum_group(sum, a.split.lanes);
+  if (writes) static_cast<T*>(a.sum[0])[out] = sum;
+#pragma unroll
+  for (int j = 0; Grad && j < N; ++j) {
+    if (!a.sum[1 + j]) continue;
+    const T total = sum_group(sums[j], a.split.lanes);
+    if (writes) static_cast<T*>(a.sum[1 + j])[out] = total;
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastvae

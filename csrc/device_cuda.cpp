@@ -1,0 +1,196 @@
+// The CUDA kernels as the operators see them: tasks become pointers and a stream.
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/kernels.h"
+#include "device_kernels.h"
+#include "formulas/all.h"
+
+namespace fastvae {
+namespace {
+
+cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+// Whether `elements` neighbours, at any column that is a multiple of so many, are aligned as one.
+bool aligned(const void* data, int64_t itemsize, int64_t row_stride, int64_t elements) {
+  const int64_t bytes = itemsize * elements;
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0 && row_stride * itemsize % bytes == 0;
+}
+
+cuda::Source source(const RowOperand& r, bool use_double) {
+  cuda::Source s;
+  if (!r.storage.defined()) return s;
+  const Operand& o = r.operand;
+  s.data = o.data;
+  s.row_stride = o.row_stride;
+  s.col_stride = o.col_stride;
+  s.plane_stride = o.plane_stride;
+  s.period = o.period;
+  s.planes = o.planes;
+  s.dtype = o.dtype;
+  s.vectors = o.col_stride == 1 &&
+              aligned(o.data, r.storage.element_size(), o.row_stride, cuda::per_thread(use_double));
+  return s;
+}
+
+// A contiguous tensor of one column.
+cuda::Source column(const OptTensor& t) {
+  cuda::Source s;
+  if (!t) return s;
+  s.data = t->const_data_ptr();
+  s.dtype = dtype_of(*t);
+  s.row_stride = t->dim() == 0 ? 0 : t->stride(-1);
+  s.col_stride = 0;
+  s.period = std::max<int64_t>(1, t->numel());
+  return s;
+}
+
+cuda::Target target(const Tensor& t, int64_t cols, bool use_double, bool planes_last = false) {
+  void* data = t.mutable_data_ptr();
+  const bool vectors = aligned(data, t.element_size(), cols, cuda::per_thread(use_double));
+  return {data, dtype_of(t), vectors, planes_last};
+}
+
+// What is summed in several parts, to be added up behind the kernel.
+class Stages {
+ public:
+  Stages(int64_t splits, bool use_double) : splits_(splits), use_double_(use_double) {}
+  void* of(const Tensor& out) {
+    if (splits_ == 1) return out.mutable_data_ptr();
+    parts_.emplace_back(out, at::empty({out.numel(), splits_}, out.options()));
+    return parts_.back().second.mutable_data_ptr();
+  }
+  void add_up() const {
+    for (const auto& [out, parts] : parts_)
+      cuda::sum_parts(parts.const_data_ptr(), out.numel(), splits_, use_double_,
+                      out.mutable_data_ptr(), stream());
+  }
+
+ private:
+  int64_t splits_;
+  bool use_double_;
+  std::vector<std::pair<Tensor, Tensor>> parts_;
+};
+
+bool planes_end_to_end(const RowTask& task) {
+  bool across = false;
+  with_formula(task.spec.formula, [&](auto f) {
+    using F = decltype(f);
+    across = across_planes<F>;
+    for (int j = 0; j < inputs_of<F>; ++j) {
+      if (F::inputs[j].planes == 1) continue;
+      const auto& [out, along, planes_last] = task.grads[j];
+      across &= task.in[j].operand.plane_stride == 1 && task.in[j].operand.planes >= 32;
+      across &= !out.defined() || planes_last || task.cols == 1;
+    }
+  });
+  return across;
+}
+
+unsigned rowwise_cuda(const RowTask& task) {
+  if (task.rows == 0) return no_rows(task);
+  const c10::cuda::CUDAGuard device(task.value.device());
+  cuda::RowwiseArgs a{};
+  a.formula = task.spec.formula;
+  a.rows = task.rows;
+  a.cols = task.cols;
+  a.use_double = task.value.scalar_type() == at::kDouble;
+  a.scale = task.scale;
+  a.across_planes = task.sites && planes_end_to_end(task);
+  a.split = cuda::deal(a.rows, a.across_planes ? 32 * a.cols : a.cols,
+                       task.sites ? 1 : cuda::per_thread(a.use_double));
+  std::copy(task.spec.options.begin(), task.spec.options.end(), a.options);
+  a.mask = source(task.mask, a.use_double);
+  a.mask.dtype = DType::u8;
+  a.weight = source(task.weight, a.use_double);
+  Stages stages(a.split.splits, a.use_double);
+  a.sum[0] = stages.of(task.value);
+  std::vector<std::pair<Tensor, Tensor>> columns;  // gradients that are summed over the rows
+  for (int j = 0; j < max_inputs; ++j) {
+    a.in[j] = source(task.in[j], a.use_double);
+    const auto& [out, along, planes_last] = task.grads[j];
+    if (!out.defined()) continue;
+    a.want_grad = true;
+    if (along == Along::rows) a.sum[1 + j] = stages.of(out);
+    if (along == Along::both) a.grad[j] = target(out, a.cols, a.use_double, planes_last);
+    if (along == Along::columns) {
+      columns.emplace_back(dense_rows(out, 1)[0], at::empty({a.rows, a.cols}, out.options()));
+      a.grad[j] = target(columns.back().second, a.cols, a.use_double);
+    }
+  }
+  cuda::rowwise(a, stream());
+  stages.add_up();
+  for (auto& [sum, each] : columns) at::sum_out(sum, each, 0);
+  return 0;
+}
+
+template <class Args>
+void describe(const SampleTask& task, bool use_double, int64_t rows, Args& a) {
+  a.batch = task.batch;
+  a.cols = task.cols;
+  a.use_double = use_double;
+  a.split = cuda::deal(rows, task.cols % 64 == 0 ? task.cols / 4 : task.cols, 1);
+  a.stream = {task.seed.const_data_ptr<int64_t>(), task.draws, task.offset,
+              task.index && task.index->numel() ? task.index->const_data_ptr<int64_t>() : nullptr};
+  a.mu = source(task.mu, use_double);
+  a.logvar = source(task.logvar, use_double);
+}
+
+void sample_cuda(const SampleForward& task) {
+  if (task.batch == 0) return;
+  const c10::cuda::CUDAGuard device(task.z.device());
+  const bool use_double = task.z.scalar_type() == at::kDouble;
+  cuda::SampleArgs a{};
+  describe(task, use_double, task.batch * task.draws, a);
+  a.z = target(task.z, a.cols, use_double);
+  Stages stages(a.split.splits, use_double);
+  if (task.kl.defined()) a.kl = stages.of(task.kl);
+  cuda::sample(a, stream());
+  stages.add_up();
+}
+
+void sample_backward_cuda(const SampleBackward& task) {
+  if (task.grad_mu.numel() == 0) return;
+  const c10::cuda::CUDAGuard device(task.grad_mu.device());
+  const bool use_double = task.grad_mu.scalar_type() == at::kDouble;
+  cuda::SampleBackwardArgs a{};
+  describe(task, use_double, task.batch, a);
+  a.grad_z = source(task.grad_z, use_double);
+  a.grad_kl = source(task.grad_kl, use_double);
+  a.grad_mu = target(task.grad_mu, a.cols, use_double);
+  a.grad_logvar = target(task.grad_logvar, a.cols, use_double);
+  cuda::sample_backward(a, stream());
+}
+
+void elbo_reduce_cuda(const ReduceTask& task) {
+  const c10::cuda::CUDAGuard device(task.kl.device());
+  cuda::ReduceArgs a{};
+  a.batch = task.kl.size(0);
+  a.num_samples = task.log_likelihood.dim() == 2 ? task.log_likelihood.size(0) : 1;
+  a.each = task.loss_out.dim() > 0;
+  a.beta = task.beta;
+  a.scale = task.scale;
+  a.log_likelihood = column(task.log_likelihood);
+  a.kl = column(task.kl);
+  a.weight = column(task.weight);
+  a.loss = target(task.loss_out, 1, true);
+  a.log_likelihood_out = target(task.log_likelihood_out, 1, true);
+  a.kl_out = target(task.kl_out, 1, true);
+  cuda::elbo_reduce(a, stream());
+}
+
+void scale_rows_cuda(const Tensor& grad, const Tensor& factor) {
+  if (grad.numel() == 0) return;
+  const c10::cuda::CUDAGuard device(grad.device());
+  const bool use_double = grad.scalar_type() == at::kDouble;
+  cuda::scale_rows(
+      {grad.size(0), grad.size(1), target(grad, grad.size(1), use_double), column(factor)},
+      stream());
+}
+
+}  // namespace
+
+const DeviceKernels cuda_device = {
+    false, rowwise_cuda, sample_cuda, sample_backward_cuda, elbo_reduce_cuda, scale_rows_cuda};
+
+}  // namespace fastvae
