@@ -35,8 +35,11 @@ def obstacle() -> str | None:
         )
     if not torch.cuda.is_available():
         return f"--device cuda needs a CUDA device, and torch {torch.__version__} finds none here"
-    backend = fastvae.backends()["triton"]
-    return None if backend.available else f"--device cuda needs backend 'triton': {backend.detail}"
+    backends = fastvae.backends()
+    if backends["cuda"].available or backends["triton"].available:
+        return None
+    why = "; ".join(f"'{name}': {backends[name].detail}" for name in ("cuda", "triton"))
+    return f"--device cuda needs a backend: {why}"
 
 
 @dataclass

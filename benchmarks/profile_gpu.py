@@ -8,6 +8,7 @@ Prints the profiler's table and the rate of each fastvae kernel, and writes a Ch
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -61,7 +62,9 @@ def rates(rows: Iterable[Row], shape: Sequence[int], dtype: torch.dtype) -> list
     }
     lines = [f"{'kernel':24}{'a step':>8}{'us a step':>12}{'GB/s':>8}"]
     for kernel, traffic in least.items():
-        found = [row for row in rows if row.key.startswith(kernel)]
+        found = [
+            row for row in rows if re.search(rf"\b{kernel}\b", row.key)
+        ]  # CUDA's is a template
         took = sum(row.self_device_time_total for row in found) / STEPS
         rate = f"{traffic / took / 1e3:.0f}" if traffic and took else "-"
         calls = sum(row.count for row in found) / STEPS

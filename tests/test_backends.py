@@ -13,15 +13,16 @@ import torch
 from conftest import require
 
 import fastvae
-from fastvae._backends import cpp, eager, select, triton
+from fastvae._backends import cpp, cuda, eager, select, triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
 def plain(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the interpreter, as users are."""
+    """Without the interpreter, as users are, and with an extension built without CUDA."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cuda, "_REASON", "the extension was built without it")
 
 
 @pytest.fixture
@@ -49,6 +50,39 @@ def test_each_device_has_its_backend(plain: None) -> None:
     assert select("auto", CUDA) is select("triton", CUDA) is triton
     assert select("auto", torch.device("meta")) is select("eager", CPU) is eager
     assert reason("cpp", CUDA) == "backend 'cpp' serves CPU tensors, got a tensor on cuda"
+
+
+def test_cuda_tensors_go_to_cuda_where_it_is_built(
+    plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reason("cuda", CUDA) == (
+        "backend 'cuda' is not available: the extension was built without it"
+    )
+    assert fastvae.backends()["cuda"] == (False, "the extension was built without it")
+    monkeypatch.setattr(cuda, "_REASON", None)
+    assert select("auto", CUDA) is select("cuda", CUDA) is cuda
+    assert select("triton", CUDA) is triton
+    assert select("auto", CPU) is cpp
+    assert reason("cuda", CPU) == "backend 'cuda' serves CUDA tensors, got a tensor on cpu"
+    assert fastvae.backends()["cuda"].detail.endswith("but no CUDA device")
+
+
+def test_a_build_without_cuda_says_so(native: None) -> None:
+    from fastvae import _C
+
+    assert (_C.build_info()["cuda"] is None) == (cuda._look() is not None)
+    if torch.version.cuda is None:
+        assert "takes a CUDA build of torch and nvcc" in str(cuda._look())
+
+
+def test_compiled_code_is_not_sent_to_triton_past_cuda(
+    plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph has no thread that could ask for it."""
+    monkeypatch.setattr(cuda, "_REASON", None)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ValueError, match="whose CUDA tensors go to backend 'cuda'"):
+        triton.kl_divergence(torch.empty(2, 3, device="meta"), torch.empty(2, 3), None)
 
 
 def test_triton_takes_cpu_tensors_only_in_the_interpreter(
@@ -91,7 +125,9 @@ def test_an_older_triton_is_refused_and_leaves_cpu_tensors_alone(
     installed("3.5.1")
     said = "Triton 3.5.1 is too old: pip install 'triton>=3.6'"
     assert reason("triton", CUDA) == f"backend 'triton' is not available: {said}"
-    assert reason("auto", CUDA) == f"CUDA tensors need Triton, or backend='eager': {said}"
+    assert reason("auto", CUDA) == (
+        f"CUDA tensors need an extension built with CUDA, or Triton, or backend='eager': {said}"
+    )
     assert fastvae.backends()["triton"] == fastvae.Backend(False, said)
     assert select("auto", CPU) is cpp
     installed("3.10.0")  # as a number, not as text
@@ -108,13 +144,13 @@ def test_without_the_extension_there_is_no_triton(
     assert select("auto", CUDA) is eager
 
 
-@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("on_cuda", [False, True])
 def test_status_without_the_interpreter(
-    cuda: bool, plain: None, monkeypatch: pytest.MonkeyPatch
+    on_cuda: bool, plain: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
     state = fastvae.backends()["triton"]
-    assert state.available == cuda
+    assert state.available == on_cuda
     assert state.detail.startswith("Triton 3.") and "CUDA" in state.detail
 
 

@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(block_threads)
 // grad *= factor, row by row; loss.backward() sends 1, and then there is nothing to do.
 template <class T>
 __global__ void __launch_bounds__(block_threads)
-    scale_kernel(const __grid_constant__ cuda::ScaleArgs a,
-                 const __grid_constant__ cuda::Split split) {
+    scale_grad_kernel(const __grid_constant__ cuda::ScaleArgs a,
+                      const __grid_constant__ cuda::Split split) {
   const Place place(split, a.rows, a.cols, width<T>);
   if (place.first >= place.end) return;
   const T factor = load_float<T>(a.factor.data, a.factor.dtype, place.row * a.factor.row_stride);

@@ -124,8 +124,8 @@ void elbo_reduce(const ReduceArgs& a, cudaStream_t stream) {
 void scale_rows(const ScaleArgs& a, cudaStream_t stream) {
   const bool use_double = a.grad.dtype == DType::f64;
   const Split split = deal(a.rows, a.cols, per_thread(use_double));
-  launch(use_double ? scale_kernel<double> : scale_kernel<float>, blocks_of(split, a.rows), stream,
-         a, split);
+  launch(use_double ? scale_grad_kernel<double> : scale_grad_kernel<float>,
+         blocks_of(split, a.rows), stream, a, split);
 }
 
 void sum_parts(const void* partial, int64_t count, int64_t parts, bool use_double, void* out,

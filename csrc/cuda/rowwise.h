@@ -46,23 +46,51 @@ class RareElements {
       const auto r = v[0].v <= T(F::rare_limit) ? F::template eval_rare<Lane<T>, 0>(v, options)
                                                 : F::template eval_rare<Lane<T>, 1>(v, options);
       shared.in[0][i] = r.value.v;
+      if constexpr (Grad) {
 #pragma unroll
-      for (int j = 1; Grad && j < N; ++j) shared.in[j][i] = r.grad[j].v;
+        for (int j = 1; j < N; ++j) shared.in[j][i] = r.grad[j].v;
+      }
     }
     __syncwarp();
 #pragma unroll
     for (int p = 0; p < W; ++p) {
       if (!(mine >> p & 1)) continue;
       value[p] += shared.in[0][at[p]];
+      if constexpr (Grad) {
 #pragma unroll
-      for (int j = 1; Grad && j < N; ++j) grad[j][p] = shared.in[j][at[p]];
+        for (int j = 1; j < N; ++j) grad[j][p] = shared.in[j][at[p]];
+      }
     }
     __syncwarp();
   }
 };
 
+// Stores the gradients of n neighbours, or adds them to their sums along the row; 0 for those that
+// `counts` has no bit of.
+template <class T, int N>
+FASTVAE_INLINE void put_gradients(const cuda::RowwiseArgs& a, int64_t row, int64_t col, int n,
+                                  unsigned counts, T factor, const T (&grad)[N][width<T>],
+                                  T (&sums)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const bool dense = a.grad[j].data, along = a.sum[1 + j];
+    if (!dense && !along) continue;
+    T scaled[width<T>];
+#pragma unroll
+    for (int p = 0; p < width<T>; ++p) {  // not 0 · ∞: β may be 0 where the KL is infinite
+      scaled[p] = (counts >> p & 1) && factor != T(0) ? factor * grad[j][p] : T(0);
+      if (!dense) sums[j] += scaled[p];
+    }
+    if (dense) store<T>(a.grad[j], row * a.cols + col, n, scaled);
+  }
+}
+
+// Blocks that a multiprocessor holds at once: what that leaves of its registers suffices.
+template <class F, class T>
+constexpr int resident = (rare_inputs<F> == 0 ? 4 : 2) / (sizeof(T) == 8 ? 2 : 1);
+
 template <class F, class T, bool Grad>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, resident<F, T>)
     rowwise_kernel(const __grid_constant__ cuda::RowwiseArgs a) {
   constexpr int N = inputs_of<F>, W = width<T>;
   constexpr bool odds_too = requires { F::log_odds; }, gain_too = requires { F::log_gain; };
@@ -134,32 +162,21 @@ __global__ void __launch_bounds__(block_threads)
     if constexpr (odds_too) part -= log1p(odds).v;
     if constexpr (gain_too) part += log1p(gain).v;
     sum += part;
-    if (!Grad || n == 0) continue;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const bool dense = a.grad[j].data, along = a.sum[1 + j];
-      if (!dense && !along) continue;
-      T scaled[W];
-#pragma unroll
-      for (int p = 0; p < W; ++p)  // not 0 · ∞: β may be 0 where the KL is infinite
-        scaled[p] = (counts >> p & 1) && factor != T(0) ? factor * grad[j][p] : T(0);
-      if (dense)
-        store<T>(a.grad[j], place.row * a.cols + col, n, scaled);
-      else
-#pragma unroll
-        for (int p = 0; p < W; ++p) sums[j] += scaled[p];
-    }
+    if constexpr (Grad)
+      if (n > 0) put_gradients<T>(a, place.row, col, n, counts, factor, grad, sums);
   }
 
   const int64_t out = place.row * a.split.splits + place.split;
   const bool writes = place.exists && place.lane == 0;
   sum = sum_group(sum, a.split.lanes);
   if (writes) static_cast<T*>(a.sum[0])[out] = sum;
+  if constexpr (Grad) {
 #pragma unroll
-  for (int j = 0; Grad && j < N; ++j) {
-    if (!a.sum[1 + j]) continue;
-    const T total = sum_group(sums[j], a.split.lanes);
-    if (writes) static_cast<T*>(a.sum[1 + j])[out] = total;
+    for (int j = 0; j < N; ++j) {
+      if (!a.sum[1 + j]) continue;
+      const T total = sum_group(sums[j], a.split.lanes);
+      if (writes) static_cast<T*>(a.sum[1 + j])[out] = total;
+    }
   }
 }
 

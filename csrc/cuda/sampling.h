@@ -63,7 +63,7 @@ FASTVAE_INLINE Lane<T> element(const Source& in, int64_t row, int64_t col) {
 }
 
 template <class T, bool Whole>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, sizeof(T) == 8 ? 2 : 3)
     sample_kernel(const __grid_constant__ cuda::SampleArgs a) {
   using Draw = Drawn<Whole>;
   const int64_t groups = a.cols / Draw::count;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(block_threads)
 }
 
 template <class T, bool Whole>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, sizeof(T) == 8 ? 2 : 3)
     sample_backward_kernel(const __grid_constant__ cuda::SampleBackwardArgs a) {
   using Draw = Drawn<Whole>;
   constexpr int M = Draw::count;

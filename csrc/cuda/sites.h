@@ -63,7 +63,7 @@ class Site {
 };
 
 template <class F, class T, bool Across>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, 3)
     sites_kernel(const __grid_constant__ cuda::RowwiseArgs a) {
   constexpr int step = Across ? 32 : 1;  // threads of a site
   const Place place(a.split, a.rows, a.cols * step, 1);

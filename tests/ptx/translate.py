@@ -163,7 +163,8 @@ class Kernel:
                 for i, p in enumerate(parts)
             )
             return f"{self.register(a[0])} = {whole};"
-        return f"{self.register(a[0])} = {self.value(a[1], 'pred') if kind == 'pred' else self.raw(a[1])};"
+        source = self.value(a[1], "pred") if kind == "pred" else self.raw(a[1])
+        return f"{self.register(a[0])} = {source};"
 
     def _cvta(self, op: list[str], a: list[str], kind: str) -> str:
         return f"{self.register(a[0])} = {self.raw(a[1])};"
@@ -314,32 +315,27 @@ switch (t->at) {{ case 0: break; {jumps} }}
 {code}
 t->waits = for_nothing;
 }}
-const Launcher launch_{self.name}("{self.name}", [](void** arguments, unsigned blocks, unsigned threads) {{
+void all_{self.name}(void** arguments, unsigned blocks, unsigned threads) {{
   run_grid(run_{self.name}, arguments, "{self.name}", blocks, threads, {self.shared});
-}});
+}}
+const Launcher launch_{self.name}("{self.name}", all_{self.name});
 }}
 """
 
 
 def translate(ptx: str) -> str:
     """The C++ source of a module's kernels."""
-    globals_: dict[str, str] = {}
+    symbols: dict[str, str] = {}
     tables = []
-    for size, name, values in re.findall(
-        r"^\.(?:global|const) \.align \d+ \.b8 (\w+)\[(\d+)\] = \{(.*?)\};", ptx, re.M
-    ):
-        tables.append(
-            f"alignas(16) const uint8_t {size}[{name}] = {{{values}}};\nconst Known known_{size}({size}, {name});"
-        )
-        globals_[size] = f"reinterpret_cast<uint64_t>({size})"
-    outer = re.findall(r"^\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\];", ptx, re.M)
+    table = r"^\.(?:global|const) \.align \d+ \.b8 (\w+)\[(\d+)\] = \{(.*?)\};"
+    for name, size, values in re.findall(table, ptx, re.M):
+        tables.append(f"alignas(16) const uint8_t {name}[{size}] = {{{values}}};")
+        tables.append(f"const Known known_{name}({name}, {size});")
+        symbols[name] = f"reinterpret_cast<uint64_t>({name})"
+    outer = re.findall(r"^(\.shared \.align \d+ \.b8 (\w+)\[\d+\];)", ptx, re.M)
     kernels = []
-    for name, params, body in re.findall(
-        r"\.entry (\w+)\((.*?)\)[^{]*\n\{\n(.*?)\n\}\n", ptx, re.S
-    ):
-        kernel = Kernel.__new__(Kernel)
-        used = [v for v in outer if v[1] in body]
-        declared = "\n".join(f".shared .align {align} .b8 {n}[{size}];" for align, n, size in used)
-        kernel.__init__(name, params, declared + "\n" + body, globals_)  # type: ignore[misc]
-        kernels.append(kernel.source())
+    entry = r"\.entry (\w+)\((.*?)\)[^{]*\n\{\n(.*?)\n\}\n"
+    for name, params, body in re.findall(entry, ptx, re.S):
+        declared = "\n".join(text for text, variable in outer if variable in body)
+        kernels.append(Kernel(name, params, declared + "\n" + body, symbols).source())
     return '#include "device.h"\n' + "\n".join(tables) + "".join(kernels)
