@@ -35,9 +35,14 @@ def main(wheel: str) -> None:
         units = [
             u for u in units if "unity_" in u[0] or Path(u[0]).parent.name == "cpu"
         ]  # those include the rest
+        expected = 3 + len(ISAS)
+        if (cuda := Path("/usr/local/cuda/include")).exists():  # the wheel's torch is one for CUDA
+            module = str(ROOT / "csrc/unity_module.cpp")
+            units.append([module, '-DFASTVAE_CUDA=""', f"-isystem{cuda}"])
+            expected += 1
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             codes = list(threads.map(lambda unit: subprocess.call(command + unit), units))
-    assert len(units) == 3 + len(ISAS)
+    assert len(units) == expected
     sys.exit(max(codes))
 
 

@@ -5,7 +5,7 @@ training loop does; and as CUDA graphs, which is what the device takes, without 
 
 Each contender's step, forward and backward, is launched LAUNCHES times with one wait at the end,
 and then captured and replayed by triton.testing.do_bench_cudagraph. L2 is not flushed between: the
-small steps find their tensors there. Values are checked by `pytest benchmarks --device cuda`, not here.
+small steps find their tensors there. Values are checked by `pytest benchmarks --device cuda`.
 """
 
 import argparse

@@ -62,7 +62,7 @@ class Stages {
   }
   void add_up() const {
     for (const auto& [out, parts] : parts_)
-      cuda::sum_parts(parts.const_data_ptr(), out.numel(), splits_, use_double_,
+      cuda::sum_parts(parts.const_data_ptr(), out.numel(), splits_, false, use_double_,
                       out.mutable_data_ptr(), stream());
   }
 
@@ -72,19 +72,25 @@ class Stages {
   std::vector<std::pair<Tensor, Tensor>> parts_;
 };
 
-bool planes_end_to_end(const RowTask& task) {
-  bool across = false;
+// How many threads share a site: those of a block or a warp where its planes lie end to end and are
+// that many.
+int site_threads(const RowTask& task) {
+  int threads = 1;
   with_formula(task.spec.formula, [&](auto f) {
     using F = decltype(f);
-    across = across_planes<F>;
+    bool across = across_planes<F>;
+    int64_t planes = 0;
     for (int j = 0; j < inputs_of<F>; ++j) {
       if (F::inputs[j].planes == 1) continue;
       const auto& [out, along, planes_last] = task.grads[j];
-      across &= task.in[j].operand.plane_stride == 1 && task.in[j].operand.planes >= 32;
+      planes = task.in[j].operand.planes;
+      across &= task.in[j].operand.plane_stride == 1;
       across &= !out.defined() || planes_last || task.cols == 1;
     }
+    if (across && planes >= 32)
+      threads = planes >= 4 * cuda::block_threads ? cuda::block_threads : 32;
   });
-  return across;
+  return threads;
 }
 
 unsigned rowwise_cuda(const RowTask& task) {
@@ -96,16 +102,23 @@ unsigned rowwise_cuda(const RowTask& task) {
   a.cols = task.cols;
   a.use_double = task.value.scalar_type() == at::kDouble;
   a.scale = task.scale;
-  a.across_planes = task.sites && planes_end_to_end(task);
-  a.split = cuda::deal(a.rows, a.across_planes ? 32 * a.cols : a.cols,
-                       task.sites ? 1 : cuda::per_thread(a.use_double));
+  a.site_threads = task.sites ? site_threads(task) : 1;
+  const int64_t per_thread = task.sites ? 1 : cuda::per_thread(a.use_double);
+  a.split = cuda::deal(a.rows, a.cols * a.site_threads, per_thread);
+  // The first whose gradient is summed over the rows, if its columns fill half a block.
+  a.column = -1;
+  for (int j = max_inputs - 1; j > 1 && 2 * a.cols >= cuda::block_threads * per_thread; --j)
+    if (task.grads[j].out.defined() && task.grads[j].along == Along::columns) a.column = j;
+  if (a.column >= 0) a.split = cuda::deal_columns(a.rows, a.cols, per_thread, a.rows_at_once);
   std::copy(task.spec.options.begin(), task.spec.options.end(), a.options);
   a.mask = source(task.mask, a.use_double);
   a.mask.dtype = DType::u8;
   a.weight = source(task.weight, a.use_double);
   Stages stages(a.split.splits, a.use_double);
   a.sum[0] = stages.of(task.value);
-  std::vector<std::pair<Tensor, Tensor>> columns;  // gradients that are summed over the rows
+  // Of gradients that are summed over the rows: those of a few rows each, or of each row.
+  Tensor over_rows;
+  std::vector<std::pair<Tensor, Tensor>> columns;
   for (int j = 0; j < max_inputs; ++j) {
     a.in[j] = source(task.in[j], a.use_double);
     const auto& [out, along, planes_last] = task.grads[j];
@@ -113,13 +126,20 @@ unsigned rowwise_cuda(const RowTask& task) {
     a.want_grad = true;
     if (along == Along::rows) a.sum[1 + j] = stages.of(out);
     if (along == Along::both) a.grad[j] = target(out, a.cols, a.use_double, planes_last);
-    if (along == Along::columns) {
+    if (j == a.column) {
+      const int64_t blocks = (a.rows + a.rows_at_once - 1) / a.rows_at_once;
+      over_rows = at::empty({blocks, a.cols}, out.options());
+      a.over_rows = over_rows.mutable_data_ptr();
+    } else if (along == Along::columns) {
       columns.emplace_back(dense_rows(out, 1)[0], at::empty({a.rows, a.cols}, out.options()));
       a.grad[j] = target(columns.back().second, a.cols, a.use_double);
     }
   }
   cuda::rowwise(a, stream());
   stages.add_up();
+  if (over_rows.defined())
+    cuda::sum_parts(over_rows.const_data_ptr(), a.cols, over_rows.size(0), true, a.use_double,
+                    dense_rows(task.grads[a.column].out, 1).mutable_data_ptr(), stream());
   for (auto& [sum, each] : columns) at::sum_out(sum, each, 0);
   return 0;
 }

@@ -26,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # What takes long, or needs what `make test` does not install; of these `make test` runs what is
 # marked quick.
 SLOW_FILES = ("aot", "demo", "distributed", "docs", "examples", "integrations", "processes")
-SLOW_FILES += ("setup", "properties", "mistakes", "changed_inputs", "contributing")
+SLOW_FILES += ("setup", "properties", "mistakes", "changed_inputs", "contributing", "cuda_kernels")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -257,9 +257,10 @@ LOSS = [
       for r in ("avg", "", "MEAN", None, 0, ["mean"])),
 ]
 BACKEND = [
-    *(bad(V, "backend.*auto.*cpp.*triton.*eager.*" + re.escape(repr(b)), backend=b)
-      for b in ("cuda", "", "CPP", None, 3, ["cpp"])),
+    *(bad(V, "backend.*auto.*cpp.*cuda.*triton.*eager.*" + re.escape(repr(b)), backend=b)
+      for b in ("gpu", "", "CPP", None, 3, ["cpp"])),
     bad(V, "backend 'triton' .*CUDA tensors.* on cpu", backend="triton"),
+    bad(V, "backend 'cuda' (is not available: .*nvcc|serves CUDA tensors)", backend="cuda"),
 ]
 # fmt: on
 

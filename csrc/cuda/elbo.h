@@ -70,11 +70,12 @@ __global__ void __launch_bounds__(block_threads)
 
 template <class T>
 __global__ void __launch_bounds__(block_threads)
-    sum_parts_kernel(const T* partial, int64_t count, int64_t parts, T* out) {
+    sum_parts_kernel(const T* partial, int64_t count, int64_t parts, bool parts_first, T* out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * block_threads + threadIdx.x;
   if (i >= count) return;
   double sum = 0;
-  for (int64_t p = 0; p < parts; ++p) sum += static_cast<double>(partial[i * parts + p]);
+  for (int64_t p = 0; p < parts; ++p)
+    sum += static_cast<double>(partial[parts_first ? p * count + i : i * parts + p]);
   out[i] = static_cast<T>(sum);
 }
 

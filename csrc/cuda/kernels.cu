@@ -46,13 +46,17 @@ auto formula_at(List<F...>) -> std::tuple_element_t<FASTVAE_FORMULA, std::tuple<
 
 template <class F, class T>
 void launch_as(const cuda::RowwiseArgs& a, int64_t blocks, cudaStream_t stream) {
+  if constexpr (!has_planes<F> && inputs_of<F> > 2)
+    if (a.column >= 0) return launch(columns_kernel<F, T>, blocks, stream, a);
   if constexpr (!has_planes<F>)
     launch(a.want_grad ? rowwise_kernel<F, T, true> : rowwise_kernel<F, T, false>, blocks, stream,
            a);
-  else if (a.across_planes)
-    launch(sites_kernel<F, T, across_planes<F>>, blocks, stream, a);
+  else if (across_planes<F> && a.site_threads == 32)
+    launch(sites_kernel < F, T, across_planes<F> ? 32 : 1 >, blocks, stream, a);
+  else if (across_planes<F> && a.site_threads == block_threads)
+    launch(sites_kernel < F, T, across_planes<F> ? block_threads : 1 >, blocks, stream, a);
   else
-    launch(sites_kernel<F, T, false>, blocks, stream, a);
+    launch(sites_kernel<F, T, 1>, blocks, stream, a);
 }
 
 }  // namespace
@@ -92,8 +96,18 @@ Split deal(int64_t rows, int64_t cols, int64_t per_thread) {
   return s;
 }
 
+Split deal_columns(int64_t rows, int64_t cols, int64_t per_thread, int64_t& at_once) {
+  Split s;
+  s.chunk = block_threads * per_thread;
+  s.splits = ceil_div(cols, s.chunk);
+  const int64_t wanted = std::clamp<int64_t>(ceil_div(enough_column_blocks, s.splits), 1, rows);
+  at_once = ceil_div(rows, wanted);
+  return s;
+}
+
 void rowwise(const RowwiseArgs& a, cudaStream_t stream) {
-  const int64_t blocks = blocks_of(a.split, a.rows);
+  const int64_t blocks =
+      a.column < 0 ? blocks_of(a.split, a.rows) : ceil_div(a.rows, a.rows_at_once) * a.split.splits;
   for_each_formula(Formulas{}, [&](int i, auto f) {
     if (i == a.formula) launch_rowwise<decltype(f)>(a, blocks, stream);
   });
@@ -128,15 +142,13 @@ void scale_rows(const ScaleArgs& a, cudaStream_t stream) {
          blocks_of(split, a.rows), stream, a, split);
 }
 
-void sum_parts(const void* partial, int64_t count, int64_t parts, bool use_double, void* out,
-               cudaStream_t stream) {
-  const int64_t blocks = ceil_div(count, block_threads);
-  if (use_double)
-    launch(sum_parts_kernel<double>, blocks, stream, static_cast<const double*>(partial), count,
-           parts, static_cast<double*>(out));
-  else
-    launch(sum_parts_kernel<float>, blocks, stream, static_cast<const float*>(partial), count,
-           parts, static_cast<float*>(out));
+void sum_parts(const void* partial, int64_t count, int64_t parts, bool parts_first, bool use_double,
+               void* out, cudaStream_t stream) {
+  const auto run = [&]<class T>(T) {
+    launch(sum_parts_kernel<T>, ceil_div(count, block_threads), stream,
+           static_cast<const T*>(partial), count, parts, parts_first, static_cast<T*>(out));
+  };
+  use_double ? run(0.0) : run(0.f);
 }
 
 }  // namespace cuda

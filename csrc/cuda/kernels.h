@@ -14,6 +14,8 @@ constexpr int block_threads = 256;
 // Partial sums of a row lie beside one another; blocks that share a row are at least so many
 // vectors wide, and at most as many as fill a large device a few times over.
 constexpr int64_t enough_blocks = 1024;
+// Fewer where each has sums of its own to store: two on each of 132 multiprocessors.
+constexpr int64_t enough_column_blocks = 264;
 
 // An operand as a thread reads it. `vectors`: 16 bytes, or a thread's few elements, are aligned.
 struct Source {
@@ -39,7 +41,8 @@ struct RowwiseArgs {
   int formula;  // its place in Formulas
   int64_t rows, cols;
   bool use_double, want_grad;
-  bool across_planes;  // of sites: lanes are planes, which lie end to end
+  // Of sites: the threads of each, 1, a warp or a block; several where planes lie end to end.
+  int site_threads;
   Split split;
   Source in[max_inputs], mask, weight;
   double options[max_options];
@@ -48,6 +51,11 @@ struct RowwiseArgs {
   // [rows, splits] in the compute type: the value's sums, then those of gradients summed along the
   // row; null: not wanted.
   void* sum[1 + max_inputs];
+  // Of one input whose gradient is summed over the rows, [rows / rows_at_once, cols] in the compute
+  // type: a block then has a chunk of `rows_at_once` rows.
+  int column = -1;
+  void* over_rows;
+  int64_t rows_at_once;
 };
 
 struct StreamArgs {
@@ -91,6 +99,8 @@ struct ScaleArgs {
 
 // How `rows` of so many columns are dealt out, `per_thread` elements at a time.
 Split deal(int64_t rows, int64_t cols, int64_t per_thread);
+// The same where blocks keep columns; `at_once` becomes the rows of a block.
+Split deal_columns(int64_t rows, int64_t cols, int64_t per_thread, int64_t& at_once);
 // Elements that a thread takes at a time, in either compute type.
 constexpr int per_thread(bool use_double) { return use_double ? 2 : 4; }
 
@@ -99,8 +109,8 @@ void sample(const SampleArgs& args, cudaStream_t stream);
 void sample_backward(const SampleBackwardArgs& args, cudaStream_t stream);
 void elbo_reduce(const ReduceArgs& args, cudaStream_t stream);
 void scale_rows(const ScaleArgs& args, cudaStream_t stream);
-// out[i] = Σ of the parts of i, [count, parts], in order.
-void sum_parts(const void* partial, int64_t count, int64_t parts, bool use_double, void* out,
-               cudaStream_t stream);
+// out[i] = Σ of the parts of i, in order: [count, parts], or [parts, count].
+void sum_parts(const void* partial, int64_t count, int64_t parts, bool parts_first, bool use_double,
+               void* out, cudaStream_t stream);
 
 }  // namespace fastvae::cuda

@@ -7,10 +7,11 @@
 namespace fastvae {
 inline namespace CPU_CAPABILITY {
 
-// What a formula sees: one site, of which this thread has every plane (`Across`: each 32nd).
-template <class F, class T, bool Across>
+// What a formula sees: one site, of which this thread has every plane, or where `step` threads
+// share it, the planes that are so far apart.
+template <class F, class T, int step>
 class Site {
-  static constexpr int step = Across ? 32 : 1;
+  static constexpr bool Across = step > 1;
 
  public:
   using V = Lane<T>;
@@ -34,15 +35,11 @@ class Site {
   FASTVAE_INLINE V real(int64_t k, const V& v) const {
     return Across && own(k) >= a_.in[1].planes ? V(T(0)) : v;
   }
-  FASTVAE_INLINE V sum(V v) const {
-    for (int other = 16; Across && other > 0; other /= 2)
-      v.v += __shfl_xor_sync(0xffffffffu, v.v, other);
-    return v;
+  FASTVAE_INLINE V sum(const V& v) const {
+    return of_all(v, [](const V& a, const V& b) { return a + b; });
   }
-  FASTVAE_INLINE V largest(V v) const {
-    for (int other = 16; Across && other > 0; other /= 2)
-      v = max(v, V(__shfl_xor_sync(0xffffffffu, v.v, other)));
-    return v;
+  FASTVAE_INLINE V largest(const V& v) const {
+    return of_all(v, [](const V& a, const V& b) { return max(a, b); });
   }
   FASTVAE_INLINE bool wants(int j) const { return a_.grad[j].data != nullptr; }
   FASTVAE_INLINE void grad(int j, int64_t k, const V& g) const {
@@ -55,17 +52,34 @@ class Site {
   }
 
  private:
-  static FASTVAE_INLINE int64_t own(int64_t k) { return Across ? k * 32 + threadIdx.x % 32 : k; }
+  static FASTVAE_INLINE int64_t own(int64_t k) {
+    return Across ? k * step + threadIdx.x % step : k;
+  }
+  // What the site's threads have, put together in an order that is the same for each of them.
+  template <class Fn>
+  static FASTVAE_INLINE V of_all(V v, Fn&& put_together) {
+    for (int other = 16; Across && other > 0; other /= 2)
+      v = put_together(v, V(__shfl_xor_sync(0xffffffffu, v.v, other)));
+    if constexpr (step > 32) {
+      __shared__ T of_warp[step / 32];
+      __syncthreads();  // what an earlier one read
+      if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v.v;
+      __syncthreads();
+      v = V(of_warp[0]);
+      for (int w = 1; w < step / 32; ++w) v = put_together(v, V(of_warp[w]));
+    }
+    return v;
+  }
+
   const cuda::RowwiseArgs& a_;
   int64_t row_, col_;
   T factor_;
   bool counts_;
 };
 
-template <class F, class T, bool Across>
-__global__ void __launch_bounds__(block_threads, 3)
+template <class F, class T, int step>
+__global__ void __launch_bounds__(block_threads, sizeof(T) == 8 ? 2 : 3)
     sites_kernel(const __grid_constant__ cuda::RowwiseArgs a) {
-  constexpr int step = Across ? 32 : 1;  // threads of a site
   const Place place(a.split, a.rows, a.cols * step, 1);
   T factor = static_cast<T>(a.scale);
   if (a.weight.data && place.exists)
@@ -79,7 +93,7 @@ __global__ void __launch_bounds__(block_threads, 3)
       counts = load_one<T>(a.mask.data, DType::u8,
                            row_of(place.row, a.mask.period) * a.mask.row_stride +
                                col * a.mask.col_stride) != T(0);
-    const T value = F::eval(Site<F, T, Across>(a, place.row, col, factor, counts)).v;
+    const T value = F::eval(Site<F, T, step>(a, place.row, col, factor, counts)).v;
     if (counts && at % step == 0) sum += value;
   }
   sum = sum_group(sum, a.split.lanes);
