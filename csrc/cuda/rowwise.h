@@ -215,7 +215,8 @@ __global__ void __launch_bounds__(block_threads, resident<F, T>)
 // The same where an input's gradient is summed over the rows: a block has some columns of several
 // rows, and keeps their sums.
 template <class F, class T>
-__global__ void __launch_bounds__(block_threads, resident<F, T>)
+__global__ void __launch_bounds__(block_threads,
+                                  rare_inputs<F> == 0 && sizeof(T) == 4 ? 3 : resident<F, T>)
     columns_kernel(const __grid_constant__ cuda::RowwiseArgs a) {
   constexpr int N = inputs_of<F>, W = width<T>;
   __shared__ Packed<F, T> packed[packing_warps<F>];
