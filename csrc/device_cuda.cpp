@@ -33,13 +33,13 @@ cuda::Source source(const RowOperand& r, bool use_double) {
   return s;
 }
 
-// A contiguous tensor of one column.
+// A tensor as one column: contiguous, or of one dimension.
 cuda::Source column(const OptTensor& t) {
   cuda::Source s;
   if (!t) return s;
   s.data = t->const_data_ptr();
   s.dtype = dtype_of(*t);
-  s.row_stride = t->dim() == 0 ? 0 : t->stride(-1);
+  s.row_stride = t->is_contiguous() ? 1 : t->stride(-1);
   s.col_stride = 0;
   s.period = std::max<int64_t>(1, t->numel());
   return s;
@@ -196,6 +196,21 @@ void elbo_reduce_cuda(const ReduceTask& task) {
   a.loss = target(task.loss_out, 1, true);
   a.log_likelihood_out = target(task.log_likelihood_out, 1, true);
   a.kl_out = target(task.kl_out, 1, true);
+  a.blocks = cuda::reduce_blocks(a.batch);
+  if (a.each || a.blocks == 1) return cuda::elbo_reduce(a, stream());
+  // In two stages: the parts' sums are reduced as samples are, without weights.
+  const Tensor parts = at::empty({2, a.blocks}, task.kl.options().dtype(at::kDouble));
+  cuda::ReduceArgs first = a;
+  first.loss.data = nullptr;
+  first.log_likelihood_out = target(parts[0], 1, true);
+  first.kl_out = target(parts[1], 1, true);
+  cuda::elbo_reduce(first, stream());
+  a.batch = a.blocks;
+  a.num_samples = a.blocks = 1;
+  a.scale = 1;
+  a.log_likelihood = column(parts[0]);
+  a.kl = column(parts[1]);
+  a.weight = {};
   cuda::elbo_reduce(a, stream());
 }
 

@@ -189,6 +189,21 @@ def test_weighted_mean_is_the_plain_mean_of_the_weighted_losses(backend: str) ->
     torch.testing.assert_close(mean, per_sample.sum() / 4, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_large_batch(weighted: bool, backend: str) -> None:
+    """Devices sum it in stages."""
+    logits, x, kl = torch.randn(5001, 2), torch.rand(5001, 2), torch.rand(5001)
+    weight = torch.rand(5001) if weighted else None
+    terms = fastvae.elbo_terms(
+        logits, x, kl=kl, sample_weight=weight, beta=0.5, reduction="sum", backend=backend
+    )
+    rows = fastvae.log_likelihood(logits, x, backend="eager").double()
+    w = 1 if weight is None else weight.double()
+    parts = (w * rows).sum(), (w * kl.double()).sum()
+    for got, want in zip(terms, (0.5 * parts[1] - parts[0], *parts), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+
+
 @families
 @dtypes
 @reductions

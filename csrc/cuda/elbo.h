@@ -11,7 +11,7 @@ FASTVAE_INLINE double of_row(const Source& in, int64_t row) {
   return load_float<double>(in.data, in.dtype, row * in.row_stride);
 }
 
-// In float64, sample by sample; one block where they are summed.
+// In float64, sample by sample; where they are summed, a sum for each block.
 __global__ void __launch_bounds__(block_threads)
     elbo_reduce_kernel(const __grid_constant__ cuda::ReduceArgs a) {
   double loss = 0, log_likelihood = 0, kl = 0;
@@ -37,9 +37,10 @@ __global__ void __launch_bounds__(block_threads)
   log_likelihood = sum_group(log_likelihood, block_threads);
   kl = sum_group(kl, block_threads);
   if (threadIdx.x != 0) return;
-  store_one<double>(a.loss.data, a.loss.dtype, 0, loss);
-  store_one<double>(a.log_likelihood_out.data, a.log_likelihood_out.dtype, 0, log_likelihood);
-  store_one<double>(a.kl_out.data, a.kl_out.dtype, 0, kl);
+  if (a.loss.data) store_one<double>(a.loss.data, a.loss.dtype, blockIdx.x, loss);
+  store_one<double>(a.log_likelihood_out.data, a.log_likelihood_out.dtype, blockIdx.x,
+                    log_likelihood);
+  store_one<double>(a.kl_out.data, a.kl_out.dtype, blockIdx.x, kl);
 }
 
 // grad *= factor, row by row; loss.backward() sends 1, and then there is nothing to do.

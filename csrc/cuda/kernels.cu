@@ -132,7 +132,7 @@ void sample_backward(const SampleBackwardArgs& a, cudaStream_t stream) {
 }
 
 void elbo_reduce(const ReduceArgs& a, cudaStream_t stream) {
-  launch(elbo_reduce_kernel, a.each ? ceil_div(a.batch, block_threads) : 1, stream, a);
+  launch(elbo_reduce_kernel, a.each ? ceil_div(a.batch, block_threads) : a.blocks, stream, a);
 }
 
 void scale_rows(const ScaleArgs& a, cudaStream_t stream) {

@@ -85,7 +85,8 @@ struct SampleBackwardArgs {
 
 struct ReduceArgs {
   int64_t batch, num_samples;
-  bool each;  // a loss per sample
+  bool each;       // the results of each sample, else …
+  int64_t blocks;  // … the sums of each block; of the loss, if it has memory
   double beta, scale;
   Source log_likelihood, kl, weight;  // of one column
   Target loss, log_likelihood_out, kl_out;
@@ -107,6 +108,12 @@ constexpr int per_thread(bool use_double) { return use_double ? 2 : 4; }
 void rowwise(const RowwiseArgs& args, cudaStream_t stream);
 void sample(const SampleArgs& args, cudaStream_t stream);
 void sample_backward(const SampleBackwardArgs& args, cudaStream_t stream);
+// Blocks that a sum over the batch is worth, a few samples a thread.
+constexpr int64_t reduce_blocks(int64_t batch) {
+  constexpr int64_t each = 4 * block_threads, most = block_threads;
+  return batch <= 2 * each ? 1 : batch >= each * most ? most : (batch + each - 1) / each;
+}
+
 void elbo_reduce(const ReduceArgs& args, cudaStream_t stream);
 void scale_rows(const ScaleArgs& args, cudaStream_t stream);
 // out[i] = Σ of the parts of i, in order: [count, parts], or [parts, count].

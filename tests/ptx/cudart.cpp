@@ -114,6 +114,8 @@ int __cudaPopCallConfiguration(Dim3* g, Dim3* b, size_t* bytes, void** stream) {
 }
 int cudaLaunchKernel(const void* host, Dim3 g, Dim3 b, void** arguments, size_t, void*) {
   ++state().launches;
+  static const bool idle = std::getenv("EMULATOR_IDLE") != nullptr;  // to time the host alone
+  if (idle) return 0;
   state().launchers.at(state().kernels.at(host))(arguments, g.x, b.x);
   return 0;
 }
