@@ -50,7 +50,7 @@ NVCC_FLAGS = [
     "-DCPU_CAPABILITY=CUDA",
 ]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi", "--threads", "0"]
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
+ARCHITECTURES = ("8.0", "9.0", "10.0")  # and PTX for later ones
 
 
 def fail(sentence: str) -> None:
@@ -77,10 +77,19 @@ def nvcc_of(torch) -> str | None:
     return str(nvcc) if nvcc.exists() else None
 
 
-def architectures() -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, as torch spells it: "8.0;9.0+PTX"."""
+def architectures(nvcc: str) -> list[str]:
+    """As torch spells them: those asked for, else those of ours that this compiler knows."""
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return re.split(r"[ ;]+", asked.strip())
+    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True)
+    ours = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known.stdout.split()]
+    return [*ours[:-1], f"{ours[-1]}+PTX"]
+
+
+def targets(architectures: list[str]) -> list[str]:
+    """nvcc's flags for them."""
     flags = []
-    for arch in re.split(r"[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES):
+    for arch in architectures:
         number = arch.removesuffix("+PTX").replace(".", "")
         kinds = ["sm", "compute"] if arch.endswith("+PTX") else ["sm"]
         flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
@@ -114,19 +123,19 @@ def extension() -> dict:
         fail("the build tool `ninja` is missing: pip install ninja.")
 
     nvcc = nvcc_of(torch)
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-    with_cuda = [f'-DFASTVAE_CUDA="{archs}"'] if nvcc else []
+    archs = architectures(nvcc) if nvcc else []
+    with_cuda = [f'-DFASTVAE_CUDA="{" ".join(archs)}"'] if nvcc else []
 
     def device_code(index: int | None, folder: str) -> str:
         """Compiles csrc/cuda for one formula, or what belongs to none; returns the object."""
         name = "kernels" if index is None else f"formula_{index}"
-        made = Path(folder, "cuda", f"{name}.o")
+        made = Path(folder, "cuda", "_".join(archs), f"{name}.o")
         made.parent.mkdir(parents=True, exist_ok=True)
         sources = [*ROOT.glob("csrc/**/*.h"), ROOT / "csrc/cuda/kernels.cu", ROOT / "setup.py"]
         if made.exists() and made.stat().st_mtime > max(s.stat().st_mtime for s in sources):
             return str(made)
         of_one = [] if index is None else [f"-DFASTVAE_FORMULA={index}"]
-        command = [nvcc, *NVCC_FLAGS, *architectures(), *of_one, "-c", "-o", str(made)]
+        command = [nvcc, *NVCC_FLAGS, *targets(archs), *of_one, "-c", "-o", str(made)]
         subprocess.run([*command, str(ROOT / "csrc/cuda/kernels.cu")], check=True)
         return str(made)
 

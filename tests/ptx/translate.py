@@ -19,7 +19,6 @@ SPECIAL = {"%tid.x": "t->id", "%ntid.x": "b->threads", "%ctaid.x": "b->index"}
 SPECIAL |= {"%nctaid.x": "b->blocks", "%laneid": "(t->id % 32)"}
 INFIX = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^"}
 ORDERED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=="}
-ROUNDINGS = {"rn", "rz", "rzi", "rni", "ftz", "approx", "uni", "sat"}
 
 
 class Unknown(Exception):
@@ -42,7 +41,6 @@ class Kernel:
             n: f"reinterpret_cast<uint64_t>(arguments[{i}])" for i, n in enumerate(names)
         }
         self.registers: list[str] = []
-        self.kinds: dict[str, str] = {}
         self.shared = 0
         self.meetings = 0
         self.lines: list[str] = []
@@ -67,7 +65,6 @@ class Kernel:
         if found := re.match(r"\.reg \.(\w+)\s+%(\w+?)<(\d+)>", text):
             kind, prefix, count = found.groups()
             raw = {"pred": "bool", "f32": "uint32_t", "f64": "uint64_t"}.get(kind) or C_TYPES[kind]
-            self.kinds[prefix] = raw
             self.registers.append(f"{raw} {prefix}[{count}];")
         elif found := re.match(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", text):
             self.place(int(found[1]), found[2], int(found[3]))
