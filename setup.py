@@ -49,7 +49,7 @@ NVCC_FLAGS = [
     "--expt-relaxed-constexpr",
     "-DCPU_CAPABILITY=CUDA",
 ]
-NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi", "--threads", "0"]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi", "--threads", "1"]
 ARCHITECTURES = ("8.0", "9.0", "10.0")  # and PTX for later ones
 
 
@@ -68,19 +68,30 @@ def formulas() -> int:
 
 
 def nvcc_of(torch) -> str | None:
-    """The compiler, where torch is a CUDA build and it is found."""
+    """The compiler, where torch is a CUDA build, and its own release of CUDA is found."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     if NO_CUDA or torch.version.cuda is None or CUDA_HOME is None:
         return None
     nvcc = Path(CUDA_HOME, "bin", "nvcc")
-    return str(nvcc) if nvcc.exists() else None
+    if not nvcc.exists():
+        return None
+    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+\.\d+)", said)[1]
+    if minor(release)[0] != minor(torch.version.cuda)[0]:
+        print(f"fastvae: without kernels in CUDA C++, as nvcc is {release} and torch is for CUDA "
+              f"{torch.version.cuda}; CUDA tensors will use Triton.", file=sys.stderr)  # fmt: skip
+        return None
+    return str(nvcc)
 
 
 def architectures(nvcc: str) -> list[str]:
-    """As torch spells them: those asked for, else those of ours that this compiler knows."""
-    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return re.split(r"[ ;]+", asked.strip())
+    """Those asked for, as torch spells numbers ("8.0;9.0+PTX"), else ours that this nvcc knows."""
+    asked = re.findall(r"[^ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    if unknown := [a for a in asked if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", a)]:
+        fail(f"TORCH_CUDA_ARCH_LIST takes numbers, such as 9.0 or 9.0+PTX, and has {unknown[0]!r}.")
+    if asked:
+        return asked
     known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True)
     ours = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known.stdout.split()]
     return [*ours[:-1], f"{ours[-1]}+PTX"]
@@ -129,13 +140,14 @@ def extension() -> dict:
     def device_code(index: int | None, folder: str) -> str:
         """Compiles csrc/cuda for one formula, or what belongs to none; returns the object."""
         name = "kernels" if index is None else f"formula_{index}"
-        made = Path(folder, "cuda", "_".join(archs), f"{name}.o")
+        made = Path(folder, f"cuda-{torch.version.cuda}", "_".join(archs), f"{name}.o")
         made.parent.mkdir(parents=True, exist_ok=True)
         sources = [*ROOT.glob("csrc/**/*.h"), ROOT / "csrc/cuda/kernels.cu", ROOT / "setup.py"]
         if made.exists() and made.stat().st_mtime > max(s.stat().st_mtime for s in sources):
             return str(made)
         of_one = [] if index is None else [f"-DFASTVAE_FORMULA={index}"]
-        command = [nvcc, *NVCC_FLAGS, *targets(archs), *of_one, "-c", "-o", str(made)]
+        command = [nvcc, "-ccbin", compiler.split()[0], *NVCC_FLAGS, *targets(archs), *of_one]
+        command += ["-c", "-o", str(made)]
         subprocess.run([*command, str(ROOT / "csrc/cuda/kernels.cu")], check=True)
         return str(made)
 

@@ -35,6 +35,14 @@ BENCHMARKS, TRITON = 3.5, 1.5
 LEAST = 15  # seconds, below which a stage isn't begun
 WORKERS = 14  # processes that test at once, at most, each of which keeps a context on the device
 
+SMALL_STEPS = """
+import torch
+from benchmarks.profile_gpu import head
+for shape in ((5, 20, 100), (3, 64, 5000)):
+    step = head(shape, torch.float32, "cuda")
+    step()
+torch.cuda.synchronize()
+"""
 STEPS = "elbo and fp32 and not 8192x"
 
 
@@ -160,12 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stage("graphs", "-m", "benchmarks.graphs", "--out", str(out / "graphs.json"))
     stage("counts", "-m", "benchmarks.counts", "--device", "cuda")
     trace = str(ROOT / "build" / "trace.json")
-    profile = ["-m", "benchmarks.profile_gpu", "--out", trace]
-    stage("profile", *profile)
+    stage("profile", "-m", "benchmarks.profile_gpu", "--out", trace)
     if sanitizer := shutil.which("compute-sanitizer"):
-        small = [*profile, "--shape", "5", "20", "100"]
-        command = [sanitizer, "--error-exitcode", "9", sys.executable, *small]
-        stage("sanitizer", *command, program="")
+        for tool in ("memcheck", "racecheck"):
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable]
+            stage(tool, *command, "-c", SMALL_STEPS, program="")
     stage("classes", "-m", "benchmarks.classes", "--device", "cuda")
     timing = ["-m", "pytest", "benchmarks", "--device", "cuda", "-k", STEPS, "-p", "no:xdist"]
     stage("steps", *timing, f"--benchmark-json={out / 'steps.json'}")

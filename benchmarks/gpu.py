@@ -5,7 +5,7 @@ Checks, phases and contenders are those of runner.py. Nothing is timed in Triton
 
 import functools
 import gc
-import importlib
+import importlib.util
 import os
 import tempfile
 import time
@@ -35,6 +35,8 @@ def obstacle() -> str | None:
         )
     if not torch.cuda.is_available():
         return f"--device cuda needs a CUDA device, and torch {torch.__version__} finds none here"
+    if importlib.util.find_spec("triton") is None:
+        return "--device cuda needs Triton, whose do_bench times the kernels"
     backends = fastvae.backends()
     if backends["cuda"].available or backends["triton"].available:
         return None

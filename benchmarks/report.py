@@ -107,14 +107,15 @@ def gpu_environment(measured: list[GpuMeasurement]) -> list[str]:
     return [
         gpu_name(),
         f"copy: {copy / 1e9:.0f} GB/s, read and write; the median over the cases",
-        f"first fastvae step of this process, kernels not compiled yet: {first}",
+        f"first fastvae step of this process, Triton's kernels not compiled yet: {first}",
     ]
 
 
 def gpu_name() -> str:
-    backend = fastvae.backends()["triton"]
+    backends = fastvae.backends()
+    ours = "cuda" if backends["cuda"].available else "triton"  # as "auto" goes
     toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     return (
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, {toolkit}; "
-        f"fastvae triton: {backend.detail}"
+        f"fastvae {ours}: {backends[ours].detail}"
     )

@@ -166,6 +166,8 @@ bool may_overwrite(const Call& call, at::TensorList inputs, const Tensor& kl, Re
   if (call.recompute ||
       std::find(call.needs.begin() + 1, call.needs.end(), true) == call.needs.end())
     return false;  // float16's gradients are not stored
+  if (!call.needs[1] && !inputs[1].is_contiguous())
+    return false;  // gradients would come in its layout
   auto check = [](bool ok, size_t j, const char* what) {
     TORCH_CHECK_VALUE(ok, "inplace_backward=True overwrites the reconstruction, but parameter ",
                       j - 1, " of it ", what);

@@ -114,6 +114,21 @@ def test_refused_before_anything_is_written(
     assert torch.equal(recon, before)
 
 
+def test_gradients_do_not_come_in_another_parameters_layout() -> None:
+    """The mean, which needs none, lies in another order than what would be overwritten."""
+    x, mean, leaf = (torch.randn(2, 3, 4, 5) for _ in range(3))
+    mean = mean.to(memory_format=torch.channels_last)
+    kl, grads = torch.zeros(2), []
+    for inplace in (True, False):
+        logvar = leaf.clone().requires_grad_()
+        recon = mean, logvar * 1
+        loss = fastvae.elbo_loss(
+            recon, x, kl=kl, likelihood="gaussian_logvar", inplace_backward=inplace
+        )
+        grads += torch.autograd.grad(loss, logvar)
+    torch.testing.assert_close(*grads)
+
+
 def hooked(t: Tensor) -> Tensor:
     decoder = nn.Identity()
     decoder.register_full_backward_hook(lambda module, grad_in, grad_out: None)

@@ -116,7 +116,7 @@ def test_the_source_archive_has_what_its_tests_and_its_readme_need(tmp_path: Pat
         str(p.relative_to(ROOT))
         for folder in folders
         for p in (ROOT / folder).rglob("*")
-        if p.suffix in (".py", ".cpp", ".h", ".md", ".typed")
+        if p.suffix in (".py", ".cpp", ".h", ".cu", ".md", ".typed")
     }
     assert wanted and not wanted - names
 

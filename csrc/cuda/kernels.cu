@@ -32,7 +32,11 @@ void launch(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, cons
   kernel<<<static_cast<unsigned>(blocks), block_threads, 0, stream>>>(args...);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
     throw std::runtime_error(std::string("fastvae: a kernel could not be launched: ") +
-                             cudaGetErrorString(error));
+                             cudaGetErrorString(error) +
+                             (error == cudaErrorNoKernelImageForDevice
+                                  ? ": build with this device's architecture in "
+                                    "TORCH_CUDA_ARCH_LIST, or with FASTVAE_NO_CUDA=1 for Triton"
+                                  : ""));
 }
 
 }  // namespace
@@ -101,7 +105,7 @@ Split deal_columns(int64_t rows, int64_t cols, int64_t per_thread, int64_t& at_o
   s.chunk = block_threads * per_thread;
   s.splits = ceil_div(cols, s.chunk);
   const int64_t wanted = std::clamp<int64_t>(ceil_div(enough_column_blocks, s.splits), 1, rows);
-  at_once = ceil_div(rows, wanted);
+  at_once = std::min(ceil_div(rows, wanted), most_rows_at_once);
   return s;
 }
 

@@ -11,11 +11,11 @@
 namespace fastvae::cuda {
 
 constexpr int block_threads = 256;
-// Partial sums of a row lie beside one another; blocks that share a row are at least so many
-// vectors wide, and at most as many as fill a large device a few times over.
+// Rows are cut until there are so many blocks: a large device is full a few times over.
 constexpr int64_t enough_blocks = 1024;
 // Fewer where each has sums of its own to store: two on each of 132 multiprocessors.
 constexpr int64_t enough_column_blocks = 264;
+constexpr int64_t most_rows_at_once = 128;  // that a float32 adds up one after the other
 
 // An operand as a thread reads it. `vectors`: 16 bytes, or a thread's few elements, are aligned.
 struct Source {

@@ -81,10 +81,7 @@ template <class F, class T, int step>
 __global__ void __launch_bounds__(block_threads, sizeof(T) == 8 ? 2 : 3)
     sites_kernel(const __grid_constant__ cuda::RowwiseArgs a) {
   const Place place(a.split, a.rows, a.cols * step, 1);
-  T factor = static_cast<T>(a.scale);
-  if (a.weight.data && place.exists)
-    factor *= load_float<T>(a.weight.data, a.weight.dtype,
-                            row_of(place.row, a.weight.period) * a.weight.row_stride);
+  const T factor = place.exists ? row_factor<T>(a, place.row) : T(0);
   T sum = 0;
   for (int64_t at = place.first; at < place.end; at += a.split.lanes) {
     const int64_t col = at / step;

@@ -11,7 +11,7 @@ def _look() -> str | None:
         return "its kernels are part of the C++ extension, and " + cpp.status().detail
     from fastvae import _C
 
-    if _C.build_info()["cuda"] is None:
+    if _C.build_info().get("cuda") is None:
         return (
             "the extension was built without it: that takes a CUDA build of torch and nvcc "
             "(CUDA tensors use Triton)"

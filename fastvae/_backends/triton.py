@@ -78,10 +78,12 @@ def _serving(
         if first.device.type != "cpu" and cuda.missing() is not None:
             return function(first, *args, **kwargs)
         if torch.compiler.is_compiling():
-            raise ValueError(
-                "backend 'triton' does not serve compiled code here, whose CUDA tensors go to "
-                "backend 'cuda': leave backend out"
+            what = (
+                "the interpreter's CPU tensors in compiled code"
+                if first.device.type == "cpu"
+                else "compiled code here, whose CUDA tensors go to backend 'cuda'"
             )
+            raise ValueError(f"backend 'triton' does not serve {what}: leave backend out")
         from fastvae import _C
 
         before = _C.to_triton(True)
