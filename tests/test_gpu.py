@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +89,32 @@ def test_a_graph_draws_fresh_noise_at_each_replay() -> None:
     assert torch.equal(replayed[0], z)
     for a, b in zip(replayed[1:], rest, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_recipe_of_a_graphed_step_trains() -> None:
+    """docs/gpu.md's, step by step as without a graph."""
+    page = (Path(__file__).parents[1] / "docs/gpu.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    recipe: dict[str, Any] = {}
+    exec(code, recipe)
+    x = torch.rand(32, 40, device="cuda").round()
+
+    class VAE(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = torch.nn.Linear(40, 16), torch.nn.Linear(8, 40)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z, kl = fastvae.rsample_kl(*self.encoder(x).chunk(2, 1))
+            return self.decoder(z), kl
+
+    torch.manual_seed(0)
+    model = VAE().cuda()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, capturable=True)
+    replay = recipe["graphed"](model, fastvae.ELBOLoss(), optimizer, x)
+    losses = [float(replay(x)) for _ in range(200)]
+    assert len(set(losses)) == len(losses)  # fresh noise
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
