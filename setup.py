@@ -113,7 +113,7 @@ def extension() -> dict:
         return {}
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         fail(
             "torch is missing here: install torch first, then `pip install . --no-build-isolation` "
@@ -178,7 +178,9 @@ def extension() -> dict:
         for p in ROOT.glob("csrc/**/*")
         if p.suffix in (".h", ".cpp", ".cu")
     ]
-    kind = CUDAExtension if nvcc else CppExtension
+    kind = CppExtension
+    if nvcc:
+        from torch.utils.cpp_extension import CUDAExtension as kind
     module = kind(
         "fastvae._C",
         ["csrc/cpu/dispatch.cpp"],  # setuptools wants one to compile itself
