@@ -56,7 +56,7 @@ unsigned rowwise_cpu(const RowTask& task) {
   }
   if (task.sites) {
     a.across_planes = reads_across_planes(task);
-    a.sites = sites_at_once(task.in[1].operand.planes, a.across_planes);
+    a.sites = sites_at_once(task.in[1].operand.planes, a.across_planes, a.rows * a.cols);
   }
   const Units units(a.rows, a.cols, a.by_column, a.sites);
   std::vector<Parts> parts;

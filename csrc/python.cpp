@@ -85,6 +85,41 @@ Maybe<Terms> elbo(py::handle x, py::handle recon, py::handle kl, const std::stri
   });
 }
 
+// Adds what Triton makes another kernel for: a tensor's dtype and alignment, an integer's width and
+// whether it is 1 or a multiple of 16. False: it isn't known what it would.
+bool add_to_key(std::string& key, PyObject* value) {
+  if (value == Py_None) {
+    key += 'n';
+  } else if (PyTuple_CheckExact(value)) {
+    key += '(';
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i)
+      if (!add_to_key(key, PyTuple_GET_ITEM(value, i))) return false;
+    key += ')';
+  } else if (PyFloat_CheckExact(value)) {
+    key += 'f';
+  } else if (PyLong_CheckExact(value)) {
+    int overflow = 0;
+    const int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (overflow != 0) return false;
+    key += number == static_cast<int32_t>(number) ? 'i' : 'l';
+    key += number == 1 ? '1' : number % 16 == 0 ? '6' : '0';
+  } else if (THPVariable_Check(value)) {
+    const Tensor& t = THPVariable_Unpack(value);
+    key += 't';
+    key += static_cast<char>('A' + static_cast<int>(t.scalar_type()));
+    key += reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 ? '6' : '0';
+  } else {
+    return false;
+  }
+  return true;
+}
+
+std::optional<std::string> launch_key(const py::tuple& arguments) {
+  std::string key;
+  if (!add_to_key(key, arguments.ptr())) return std::nullopt;
+  return key;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FASTVAE_VERSION;
@@ -116,6 +151,9 @@ PYBIND11_MODULE(_C, m) {
       "to_triton", triton::ask, py::arg("on"),
       "Whether this thread's tensors go to Triton's kernels, those of the CPU to its interpreter; "
       "returns what was before.");
+  m.def(
+      "launch_key", launch_key, py::arg("arguments"),
+      "Differs wherever Triton compiles another kernel for a launch's arguments; None: not known.");
   m.def("philox", philox, py::arg("counter"), py::arg("key"),
         "Philox4x32-10 by the vector kernel, for known-answer tests.");
   m.def("rsample", torch::wrap_pybind_function(sample<Tensor>));

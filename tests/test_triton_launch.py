@@ -203,3 +203,83 @@ def test_backward_runs_where_its_forward_did() -> None:
     with launch.launches_to(spy := Spy()):  # float16: the gradient is made in the backward
         fastvae.log_likelihood(half, x, backend="triton").sum().backward()
     assert spy.names == ["rowwise_kernel", "rowwise_kernel"]
+
+
+ARGUMENTS = [
+    None, 0.0, 1.0, 2.5, float("nan"), -(2**63), -(2**31) - 1, -(2**31), -16, -1, 0, 1, 2, 15, 16,
+    17, 784, 2**31 - 1, 2**31, 2**31 + 1, 2**62, 2**63 - 1,
+    *(torch.zeros(9, dtype=d)[i:] for d in (torch.float32, torch.uint8) for i in (0, 1)),
+    (), (1,), (1, 2), (2, 1), (None, 16), (torch.zeros(3), 0.5), (torch.zeros(3), 1), ((1, 2), 3),
+    (1, (2, 3)), torch.zeros(3, dtype=torch.bfloat16),
+]  # fmt: skip
+
+
+def test_launch_key_knows_what_triton_looks_at() -> None:
+    """Arguments for which Triton compiles different kernels have different keys."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    if not hasattr(jit, "native_specialize_impl"):
+        pytest.skip("this Triton looks at its arguments in another way")
+    backend = triton.compiler.make_backend(triton.compiler.compiler.GPUTarget("cuda", 90, 32))
+    looks = [jit.native_specialize_impl(backend, a, False, True, True) for a in ARGUMENTS]
+    keys = [launch.launch_key((a,)) for a in ARGUMENTS]
+    assert None not in keys
+    for look, key in zip(looks, keys, strict=True):
+        assert [a for a, k in zip(looks, keys, strict=True) if k == key and a != look] == []
+
+
+def test_launch_key_of_what_it_does_not_know() -> None:
+    for unknown in (object(), "text", True, 2**63, [1], torch.float32, (1, object())):
+        assert launch.launch_key((unknown,)) is None
+
+
+class Kernel:
+    """Stands for Triton's: remembers what was compiled, and what then ran."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.ran: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile_and_run(*args: Any, **constants: Any) -> Any:
+            self.compiled.append((grid, args, constants))
+            return self.binary()
+
+        return compile_and_run
+
+    def binary(self) -> Any:
+        ran = self.ran
+
+        class Compiled:
+            def __getitem__(self, grid: tuple[int, ...]) -> Any:
+                return lambda *args: ran.append((grid, args))
+
+        return Compiled()
+
+
+def test_what_triton_compiled_is_launched_by_our_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = 0
+    active = SimpleNamespace(get_current_device=lambda: device)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(launch, "device_options", lambda: {"num_warps": 4})
+    monkeypatch.setattr(launch, "_compiled", {})
+    kernel, x = Kernel(), torch.zeros(40)
+    launch.launch(kernel, 3, x, 7, BLOCK=64)
+    assert kernel.compiled == [((3,), (x, 7), {"BLOCK": 64, "num_warps": 4})] and not kernel.ran
+    launch.launch(kernel, 5, x[4:], 9, BLOCK=64)  # aligned alike
+    assert len(kernel.compiled) == 1
+    ((grid, (tensor, n, block)),) = kernel.ran
+    assert grid == (5, 1, 1) and tensor.data_ptr() == x[4:].data_ptr() and (n, block) == (9, 64)
+    for args, constants in [
+        ((x[1:], 7), {"BLOCK": 64}),
+        ((x, 16), {"BLOCK": 64}),
+        ((x, 7), {"BLOCK": 128}),
+        ((x, "?"), {"BLOCK": 64}),
+        ((x, "?"), {"BLOCK": 64}),  # not known: Triton looks each time
+    ]:
+        before = len(kernel.compiled)
+        launch.launch(kernel, 3, *args, **constants)
+        assert len(kernel.compiled) == before + 1
+    device = 1
+    launch.launch(kernel, 3, x, 7, BLOCK=64)
+    assert len(kernel.compiled) == 7 and len(kernel.ran) == 1

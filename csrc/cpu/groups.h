@@ -34,7 +34,7 @@ FASTVAE_INLINE void load(const T* p, Count n, Vec<T> (&v)[P]) {
       std::copy_n(p, n, group);
       p = group;
     }
-    std::tie(v[0], v[1]) = at::vec::deinterleave2(Vec<T>::loadu(p), Vec<T>::loadu(p + width));
+    std::tie(v[0], v[1]) = vec::deinterleave2(Vec<T>::loadu(p), Vec<T>::loadu(p + width));
   }
 }
 
@@ -44,7 +44,7 @@ FASTVAE_INLINE void store(const Vec<T> (&v)[P], T* p, Count n) {
   if constexpr (P == 1) {
     v[0].store(p, n);
   } else {
-    const auto [low, high] = at::vec::interleave2(v[0], v[1]);
+    const auto [low, high] = vec::interleave2(v[0], v[1]);
     low.store(p, std::min<int64_t>(n, width));
     if (n > width) high.store(p + width, n - width);
   }

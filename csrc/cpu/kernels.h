@@ -49,8 +49,14 @@ constexpr int64_t short_row = 48;
 constexpr int64_t site_elements = 32 * tile, site_step = 16;
 // From so many planes on that lie end to end they are the lanes of a vector.
 constexpr int64_t many_planes = 128;
-FASTVAE_INLINE int64_t sites_at_once(int64_t planes, bool across_planes) {
-  const int64_t step = across_planes ? 1 : site_step, sites = site_elements / planes / step * step;
+// Few sites are shared out too.
+constexpr int64_t fewest_elements = 4 * tile;
+FASTVAE_INLINE int64_t sites_at_once(int64_t planes, bool across_planes, int64_t all_sites) {
+  const int64_t share = all_sites * planes / 8, step = across_planes ? 1 : site_step;
+  const int64_t elements = share < fewest_elements ? fewest_elements
+                           : share > site_elements ? site_elements
+                                                   : share;
+  const int64_t sites = elements / planes / step * step;
   return sites < step ? step : sites > tile ? tile : sites;
 }
 

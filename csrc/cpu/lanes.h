@@ -1,4 +1,5 @@
-// Lanes: numbers side by side, on at::vec::Vectorized; their masks, bits, tables and conversions.
+// Lanes: numbers side by side, on at::vec::Vectorized or generic.h; their masks, bits, tables and
+// conversions.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -8,13 +9,22 @@
 #include <limits>
 #include <type_traits>
 
-#include "../formulas/formula.h"
+#include "generic.h"
 
 namespace fastvae {
 inline namespace CPU_CAPABILITY {
 
+// at::vec is written out for these.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
+namespace vec = at::vec;
 template <class T>
-using Vec = at::vec::Vectorized<T>;
+using Vec = vec::Vectorized<T>;
+#else
+#define FASTVAE_GENERIC 1
+namespace vec = generic;
+template <class T>
+using Vec = vec::Lanes<T>;
+#endif
 using F32 = Vec<float>;
 using F64 = Vec<double>;
 using I32 = Vec<int32_t>;
@@ -124,7 +134,19 @@ FASTVAE_INLINE float max_lanes(const F32& v) { return _mm512_reduce_max_ps(v); }
 FASTVAE_INLINE double max_lanes(const F64& v) { return _mm512_reduce_max_pd(v); }
 #else
 template <class V, class Op>
-FASTVAE_INLINE auto fold_lanes(const V& v, Op op) {
+FASTVAE_INLINE auto fold_lanes(V v, Op op) {
+#if defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<V, F32>) {
+    v = op(v, V(_mm256_permute2f128_ps(v, v, 1)));
+    v = op(v, V(_mm256_permute_ps(v, 0b01001110)));
+    v = op(v, V(_mm256_permute_ps(v, 0b10110001)));
+    return _mm256_cvtss_f32(v);
+  } else {
+    v = op(v, V(_mm256_permute2f128_pd(v, v, 1)));
+    v = op(v, V(_mm256_permute_pd(v, 0b0101)));
+    return _mm256_cvtsd_f64(v);
+  }
+#endif
   typename V::value_type lanes[V::size()];
   v.store(lanes);
   for (int half = V::size() / 2; half > 0; half /= 2)
@@ -133,24 +155,29 @@ FASTVAE_INLINE auto fold_lanes(const V& v, Op op) {
 }
 template <class V>
 FASTVAE_INLINE auto sum_lanes(const V& v) {
-  return fold_lanes(v, [](auto a, auto b) { return a + b; });
+  return fold_lanes(v, [](const auto& a, const auto& b) { return a + b; });
 }
 template <class V>
 FASTVAE_INLINE auto max_lanes(const V& v) {
-  return fold_lanes(v, [](auto a, auto b) { return b < a ? a : b; });
+  return fold_lanes(v, []<class A>(const A& a, const A& b) {
+    if constexpr (std::is_same_v<A, V>)
+      return A(vec::maximum(a, b));
+    else
+      return b < a ? a : b;
+  });
 }
 #endif
 
-FASTVAE_INLINE F32 max(const F32& a, const F32& b) { return at::vec::maximum(a, b); }
-FASTVAE_INLINE F64 max(const F64& a, const F64& b) { return at::vec::maximum(a, b); }
+FASTVAE_INLINE F32 max(const F32& a, const F32& b) { return vec::maximum(a, b); }
+FASTVAE_INLINE F64 max(const F64& a, const F64& b) { return vec::maximum(a, b); }
 // These keep NaN.
 template <class V>
 FASTVAE_INLINE V clamp(const V& x, const V& low, const V& high) {
-  return at::vec::clamp(x, low, high);
+  return vec::clamp(x, low, high);
 }
 template <class V>
 FASTVAE_INLINE V clamp_min(const V& x, const V& low) {
-  return at::vec::clamp_min(x, low);
+  return vec::clamp_min(x, low);
 }
 
 // a ≥ 0 with the sign of b.
@@ -236,10 +263,10 @@ FASTVAE_INLINE I32 shift_right_unsigned(const I32& x) {
 }
 
 // The same bits as another type; and conversions by value, to integers towards 0.
-FASTVAE_INLINE I32 as_ints(const F32& x) { return at::vec::cast<int32_t>(x); }
-FASTVAE_INLINE F32 as_floats(const I32& x) { return at::vec::cast<float>(x); }
-FASTVAE_INLINE F32 to_floats(const I32& x) { return at::vec::convert_to_fp_of_same_size<float>(x); }
-FASTVAE_INLINE I32 to_ints(const F32& x) { return at::vec::convert_to_int_of_same_size(x); }
+FASTVAE_INLINE I32 as_ints(const F32& x) { return vec::cast<int32_t>(x); }
+FASTVAE_INLINE F32 as_floats(const I32& x) { return vec::cast<float>(x); }
+FASTVAE_INLINE F32 to_floats(const I32& x) { return vec::convert_to_fp_of_same_size<float>(x); }
+FASTVAE_INLINE I32 to_ints(const F32& x) { return vec::convert_to_int_of_same_size(x); }
 
 // The nearest integers, ties to even.
 FASTVAE_INLINE I32 nearest(const F32& x) {

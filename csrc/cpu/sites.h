@@ -144,6 +144,13 @@ struct Neighbours {
   FASTVAE_INLINE void grad(int j, int64_t k, const V& g) const {
     if (wants(j)) select(drop, num<V>(0), factor * g).store(inputs[j].gradients + k * ld + first);
   }
+  FASTVAE_INLINE void keep(int j, int64_t k, const V& v) const {
+    if (wants(j)) v.store(inputs[j].gradients + k * ld + first);
+  }
+  template <class Again>
+  FASTVAE_INLINE V kept(int j, int64_t k, Again&&) const {
+    return V::loadu(inputs[j].gradients + k * ld + first);
+  }
   FASTVAE_INLINE V index(int64_t k) const { return num<V>(static_cast<double>(k)); }
   FASTVAE_INLINE int64_t count(int j) const { return inputs[j].count; }
   FASTVAE_INLINE const V& real(int64_t, const V& v) const { return v; }
@@ -172,6 +179,13 @@ struct OneSite {
   FASTVAE_INLINE bool wants(int j) const { return Grad && inputs[j].gradients; }
   FASTVAE_INLINE void grad(int j, int64_t k, const V& g) const {
     if (wants(j)) (drop ? num<V>(0) : factor * g).store(inputs[j].gradients + k * width);
+  }
+  FASTVAE_INLINE void keep(int j, int64_t k, const V& v) const {
+    if (wants(j)) v.store(inputs[j].gradients + k * width);
+  }
+  template <class Again>
+  FASTVAE_INLINE V kept(int j, int64_t k, Again&&) const {
+    return V::loadu(inputs[j].gradients + k * width);
   }
   FASTVAE_INLINE V index(int64_t k) const { return first + V(static_cast<T>(k * width)); }
   FASTVAE_INLINE int64_t count(int j) const { return inputs[j].count; }

@@ -39,8 +39,9 @@ constexpr DType dtype_v = std::is_same_v<T, double>  ? DType::f64
 // buffer = source in the compute type. ATen's own conversion is scalar from 16-bit types.
 template <class T, class S>
 inline void widen(const S* source, int64_t n, T* buffer) {
-  constexpr bool bf16 = std::is_same_v<S, c10::BFloat16>, f16 = std::is_same_v<S, c10::Half>;
   int64_t i = 0;
+#if !defined(FASTVAE_GENERIC)  // where the compiler makes vectors of the loops below
+  constexpr bool bf16 = std::is_same_v<S, c10::BFloat16>, f16 = std::is_same_v<S, c10::Half>;
   if constexpr (std::is_same_v<T, float> && (bf16 || f16)) {
     for (; i + F32::size() <= n; i += F32::size()) {
       F32 v;
@@ -52,6 +53,7 @@ inline void widen(const S* source, int64_t n, T* buffer) {
       v.store(buffer + i);
     }
   }
+#endif
   if constexpr (std::is_integral_v<S>)
     for (; i < n; ++i) buffer[i] = static_cast<T>(source[i]);
   else

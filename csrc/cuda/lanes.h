@@ -29,7 +29,6 @@ struct Lane {
   FASTVAE_INLINE Lane round() const { return Lane(::rint(v)); }
   FASTVAE_INLINE Lane sqrt() const { return Lane(::sqrt(v)); }
   FASTVAE_INLINE Lane exp() const { return Lane(::exp(v)); }
-  FASTVAE_INLINE Lane expm1() const { return Lane(::expm1(v)); }
   FASTVAE_INLINE Lane log() const { return Lane(::log(v)); }
   FASTVAE_INLINE Lane log1p() const { return Lane(::log1p(v)); }
 };

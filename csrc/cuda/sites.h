@@ -50,6 +50,11 @@ class Site {
     const T scaled = counts_ && factor_ != T(0) ? factor_ * g.v : T(0);
     store_one<T>(to.data, to.dtype, row_ * planes * a_.cols + at, scaled);
   }
+  FASTVAE_INLINE void keep(int, int64_t, const V&) const {}
+  template <class Again>
+  FASTVAE_INLINE V kept(int, int64_t, Again&& again) const {
+    return again();
+  }
 
  private:
   static FASTVAE_INLINE int64_t own(int64_t k) {

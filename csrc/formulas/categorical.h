@@ -19,6 +19,7 @@ struct Categorical {
     using V = typename S::V;
     const V zero = num<V>(0), one = num<V>(1), minus = num<V>(-0.0);
     const V x = s.in(0, 0), smoothing = s.option(0);
+    const bool smooths = any<V>(less(zero, smoothing));
     const int64_t classes = s.planes(1);
     V most = s.in(1, 0);
     for (int64_t c = 1; c < classes; ++c) most = max(most, s.in(1, c));
@@ -32,7 +33,8 @@ struct Categorical {
       chosen = select(is_x, l, chosen);
       own = select(is_x, e, own);
       others.add(select(is_x, zero, s.real(c, e)));
-      all.add(s.real(c, l));
+      if (smooths) all.add(s.real(c, l));
+      s.keep(1, c, e);
     }
     chosen = s.sum(chosen);
     own = s.sum(own);
@@ -44,7 +46,8 @@ struct Categorical {
     if (s.wants(1)) {
       const V floor = smoothing * each;
       for (int64_t c = 0; c < classes; ++c) {
-        const V p = inverse * exp_negative((s.in(1, c) - most) | minus);
+        const V p =
+            inverse * s.kept(1, c, [&] { return exp_negative((s.in(1, c) - most) | minus); });
         const auto is_x = equal(x, s.index(c));
         s.grad(1, c, floor + select(is_x, rest * inverse - smoothing, -p));
       }

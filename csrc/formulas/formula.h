@@ -40,6 +40,8 @@ constexpr int inputs_of = std::size(F::inputs);
 //   s.option(i)       a constant
 //   s.grad(j, k, g)   for each plane of a parameter once: d(value) / d(that)
 //   s.wants(j)        whether anybody asks for those
+//   s.keep(j, k, v), s.kept(j, k, again)   v once more before that, or again() where the gradients
+//                     lie too far away to keep it in their place
 // The lanes are neighbouring sites, or, of a formula that declares `across_planes`, they may be the
 // planes of one: then k counts vectors of them, and such a formula takes
 //   s.index(k)        each lane's plane

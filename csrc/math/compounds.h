@@ -65,19 +65,19 @@ FASTVAE_INLINE HalfPhiExpm1<F32> half_phi_expm1(const F32& d) {
   const F32 e = exp_eighths<-64, true>(clamp(d, F32(-40.f), limit), &low);
   const F32 u = one + d, rest = select(finite, low - half * (d - (u - one)), F32(0.f));
   return {select(near, half * phi, (e - half * u) + rest),
-          select(near, half * (phi + d), e - half)};
+          select(near, half * (phi + d), (e - half) + low)};
 }
 
+// On [−½, ½] φ(d) = Σ d^k / k! from k = 2 on (15 terms: below 1e-18).
 FASTVAE_INLINE HalfPhiExpm1<F64> half_phi_expm1(const F64& d) {
-  const F64 e = d.expm1();
-  // Σ d^k / k! for |d| < 0.25 (15 terms: below 1e-18).
   double factorial = 1.0;
   double c[15];
   for (int k = 2; k <= 16; ++k) c[k - 2] = 1.0 / (factorial *= k);
   F64 p(c[14]);
   for (int k = 13; k >= 0; --k) p = fmadd(p, d, F64(c[k]));
-  const auto near = between(F64(-0.25), d, F64(0.25));
-  return {F64(0.5) * select(near, d * d * p, e - d), F64(0.5) * e};
+  const F64 half(0.5), phi = d * d * p, expm1 = exp(d) - F64(1.0);
+  const auto near = between(-half, d, half);
+  return {half * select(near, phi, expm1 - d), half * select(near, phi + d, expm1)};
 }
 
 }  // namespace CPU_CAPABILITY

@@ -55,20 +55,31 @@ struct ExpFactor32 {
   }
 };
 
-// Gives p − 1, and n.
-FASTVAE_INLINE F32 exp_beyond_one(const F32& x, F32& n) {
+// Gives p and n; `low`: what the rounding of p left over.
+FASTVAE_INLINE F32 exp_mantissa(const F32& x, F32& n, F32* low = nullptr) {
   n = (x * F32(1.44269504f)).round();
-  F32 r = fmadd(n, F32(-0.693359375f), x);  // ln 2 in two parts; n times the first is exact
-  r = fmadd(n, F32(2.12194440e-4f), r);
   constexpr float c[] = {0.49999991059303284f, 0.16666419804096222f, 0.041668232530355453f,
                          0.008374898694455624f, 0.0013836740981787443f};
-  return fmadd(r * r, polynomial(r, c), r);
+  const F32 one(1.f);
+  // ln 2 in two parts; n times the first is exact.
+#if defined(FASTVAE_GENERIC)
+  // Without an fma what the roundings of r and 1 + r left over would show.
+  const F32 high = x - n * F32(0x1.62e4p-1f), rest = n * F32(1.42860677e-6f), r = high - rest;
+  const F32 u = one + r, tail = r * r * polynomial(r, c) + (((high - r) - rest) + (r - (u - one)));
+  const F32 p = u + tail;
+  if (low) *low = tail - (p - u);
+#else
+  const F32 r = fmadd(n, F32(2.12194440e-4f), fmadd(n, F32(-0.693359375f), x));
+  const F32 beyond_one = fmadd(r * r, polynomial(r, c), r), p = one + beyond_one;
+  if (low) *low = beyond_one - (p - one);
+#endif
+  return p;
 }
 
 FASTVAE_INLINE ExpFactor32 exp_unclamped(const F32& x) {
-  F32 n;
-  const F32 beyond_one = exp_beyond_one(x, n);
-  return {F32(1.f) + beyond_one, n};
+  ExpFactor32 e;
+  e.p = exp_mantissa(x, e.n);
+  return e;
 }
 
 // e^x as a factor, for every x: beyond ±174 every product with a float but 0 is 0 or ∞ even when
@@ -83,15 +94,15 @@ FASTVAE_INLINE F32 exp(const F32& x) {
   return scale2(e.p, e.n);
 }
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(FASTVAE_GENERIC)
 // e^x, or half of it, for x in [−104, 90] or NaN. `low`: what the rounding left over. A table, as
 // below, would lie in memory.
 template <int, bool half = false>
 FASTVAE_INLINE F32 exp_eighths(const F32& x, F32* low = nullptr) {
   F32 n;
-  const F32 beyond_one = exp_beyond_one(x, n), p = F32(1.f) + beyond_one;
+  const F32 p = exp_mantissa(x, n, low);
   if (half) n = n - F32(1.f);
-  if (low) *low = scale2(beyond_one - (p - F32(1.f)), n);
+  if (low) *low = scale2(*low, n);
   return scale2(p, n);
 }
 #else

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
+
+from fastvae._C import launch_key
 
 # The block rule. A program has 128 threads and a tile of 1024 elements in one iteration, so each
 # thread has 8: one 128-bit access of a 16-bit type, two of float32 (float64 has half the tile), and
@@ -104,8 +107,13 @@ def _options_of(device: int) -> dict[str, Any]:
 _NVIDIA = options(32)
 
 
+# What Triton compiled, by what it would look at: its own look takes longer than the launch.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 def launch(kernel: Any, programs: int, *args: Any, **constexprs: Any) -> None:
-    """Runs the kernel, in one dimension: the others of a grid end at 65,535."""
+    """Runs the kernel, in one dimension: the others of a grid end at 65,535. The constants are
+    named in its own order."""
     if programs >= 2**31:
         raise ValueError(f"a kernel has at most 2^31 - 1 programs, these tensors need {programs}")
     if _launcher is not None:
@@ -116,9 +124,18 @@ def launch(kernel: Any, programs: int, *args: Any, **constexprs: Any) -> None:
         with np.errstate(all="ignore"):
             kernel[(programs,)](*args, **constexprs)
     else:
-        kernel[(programs,)](*args, **constexprs, **device_options())
+        arguments, constants = launch_key(args), constexprs.values()
+        key = (id(kernel), driver.active.get_current_device(), arguments, *constants)
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            compiled[(programs, 1, 1)](*args, *constants)
+            return
+        compiled = kernel[(programs,)](*args, **constexprs, **device_options())
+        if arguments is not None and compiled is not None:
+            _compiled[key] = compiled
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether the kernels were built for Triton's interpreter, which runs them on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
