@@ -16,10 +16,11 @@ namespace py = pybind11;
 using Sample = std::tuple<Tensor, Tensor>;
 using Terms = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// Whether there are kernels for CUDA tensors, which for Triton's Python says.
 #if defined(FASTVAE_CUDA)
-constexpr bool with_cuda = true;
+bool serves_cuda = true;
 #else
-constexpr bool with_cuda = false;
+bool serves_cuda = false;
 #endif
 
 // What these functions return where somebody else has to see the call (a subclass of Tensor, a
@@ -36,7 +37,7 @@ Maybe<Result> attempt(std::initializer_list<py::handle> tensors, Fn&& call) {
   for (const py::handle t : tensors) {
     if (!THPVariable_CheckExact(t.ptr())) return std::nullopt;
     const Tensor& tensor = THPVariable_Unpack(t.ptr());
-    if (!tensor.is_cpu() && !(with_cuda && tensor.is_cuda())) return std::nullopt;
+    if (!tensor.is_cpu() && !(serves_cuda && tensor.is_cuda())) return std::nullopt;
   }
   try {
     const py::gil_scoped_release no_gil;
@@ -151,6 +152,7 @@ PYBIND11_MODULE(_C, m) {
       "to_triton", triton::ask, py::arg("on"),
       "Whether this thread's tensors go to Triton's kernels, those of the CPU to its interpreter; "
       "returns what was before.");
+  m.def("serve_cuda", [] { serves_cuda = true; }, "Triton has kernels for CUDA tensors.");
   m.def(
       "launch_key", launch_key, py::arg("arguments"),
       "Differs wherever Triton compiles another kernel for a launch's arguments; None: not known.");

@@ -1,6 +1,7 @@
 #include "triton.h"
 
 #include <c10/core/DeviceGuard.h>
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -25,7 +26,9 @@ void call(const char* name, const Tensor& on, Args&&... args) {
               "on the CPU, or from Python");
   const c10::DeviceGuard device(on.device());
   const py::gil_scoped_acquire gil;
-  py::module_::import("fastvae._triton").attr(name)(std::forward<Args>(args)...);
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> kernels;
+  kernels.call_once_and_store_result([] { return py::module_::import("fastvae._triton"); });
+  kernels.get_stored().attr(name)(std::forward<Args>(args)...);
 }
 
 OptTensor optional(const RowOperand& r, int64_t cols) {

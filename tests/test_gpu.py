@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastvae
+from fastvae._backends import cpp
 from fastvae.likelihoods import Gaussian, registry
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
@@ -61,6 +62,23 @@ def side_stream() -> Iterator[None]:
     with torch.cuda.stream(side):
         yield
     torch.cuda.current_stream().wait_stream(side)
+
+
+def test_common_calls_go_past_torch_ops() -> None:
+    mu, logvar, logits = normal(8, 4), normal(8, 4), normal(8, 5)
+    x = torch.rand(8, 5, device="cuda")
+
+    def run(backend: str) -> list[Tensor]:
+        torch.manual_seed(1)
+        z, kl = fastvae.rsample_kl(mu, logvar, backend=backend)
+        loss = fastvae.elbo_loss(logits, x, kl=kl, backend=backend)
+        return [z, kl, loss, *torch.autograd.grad(loss + z.sum(), (mu, logvar, logits))]
+
+    chosen = next(b for b in ("cuda", "triton") if fastvae.backends()[b].available)
+    same(run("auto"), run(chosen))
+    assert cpp.direct.rsample_kl(mu, logvar, 0) is not None
+    kl = torch.zeros(8, device="cuda")
+    assert cpp.direct.elbo(x, logits, kl, "bernoulli", (), 1.0, "mean") is not None
 
 
 # ------------------------------------------------------------------------- graphs, streams, devices

@@ -56,6 +56,10 @@ def missing() -> str | None:
     return _REASON
 
 
+if missing() is None:
+    cpp.direct.serve_cuda()
+
+
 def status() -> Backend:
     if (reason := missing()) is not None:
         return Backend(False, reason)
