@@ -85,15 +85,19 @@ def nvcc_of(torch) -> str | None:
     return str(nvcc)
 
 
-def architectures(nvcc: str) -> list[str]:
-    """Those asked for, as torch spells numbers ("8.0;9.0+PTX"), else ours that this nvcc knows."""
+def architectures(nvcc: str, present: list[str]) -> list[str]:
+    """Those asked for, as torch spells numbers ("8.0;9.0+PTX"), else ours that this nvcc knows, and
+    of the devices present those that run none of ours. A device runs its major's lower minors."""
     asked = re.findall(r"[^ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     if unknown := [a for a in asked if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", a)]:
         fail(f"TORCH_CUDA_ARCH_LIST takes numbers, such as 9.0 or 9.0+PTX, and has {unknown[0]!r}.")
     if asked:
         return asked
     known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True)
-    ours = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known.stdout.split()]
+    majors = {minor(a)[0] for a in ARCHITECTURES}
+    wanted = {*ARCHITECTURES, *(a for a in present if minor(a)[0] not in majors)}
+    ours = [a for a in sorted(wanted, key=minor)
+            if f"compute_{a.replace('.', '')}" in known.stdout.split()]  # fmt: skip
     return [*ours[:-1], f"{ours[-1]}+PTX"]
 
 
@@ -134,7 +138,9 @@ def extension() -> dict:
         fail("the build tool `ninja` is missing: pip install ninja.")
 
     nvcc = nvcc_of(torch)
-    archs = architectures(nvcc) if nvcc else []
+    devices = range(torch.cuda.device_count()) if nvcc else ()
+    present = ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in devices]
+    archs = architectures(nvcc, present) if nvcc else []
     with_cuda = [f'-DFASTVAE_CUDA="{" ".join(archs)}"'] if nvcc else []
 
     def device_code(index: int | None, folder: str) -> str:

@@ -186,10 +186,9 @@ const DeviceKernels& kernels_for(const Tensor& t) {
 #endif
   if (!t.is_cuda()) return cpu_device;
 #if defined(FASTVAE_CUDA)
-  return cuda_device;
-#else
-  return triton_device;
+  if (cuda_serves(t.get_device())) return cuda_device;
 #endif
+  return triton_device;
 }
 
 }  // namespace fastvae

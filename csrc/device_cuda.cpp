@@ -2,6 +2,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <array>
+#include <atomic>
+
 #include "cuda/kernels.h"
 #include "device_kernels.h"
 #include "formulas/all.h"
@@ -224,6 +227,18 @@ void scale_rows_cuda(const Tensor& grad, const Tensor& factor) {
 }
 
 }  // namespace
+
+bool cuda_serves(int64_t device) {
+  enum : char { unknown, yes, no };
+  static std::array<std::atomic<char>, 128> known{};  // an index has 8 bits
+  std::atomic<char>& answer = known.at(device);
+  if (answer == unknown) {
+    const c10::Device here(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
+    const c10::cuda::CUDAGuard guard(here);
+    answer = cuda::run_here() ? yes : no;
+  }
+  return answer == yes;
+}
 
 const DeviceKernels cuda_device = {
     false, rowwise_cuda, sample_cuda, sample_backward_cuda, elbo_reduce_cuda, scale_rows_cuda};

@@ -58,6 +58,9 @@ struct DeviceKernels {
 
 extern const DeviceKernels cpu_device, cuda_device, triton_device;
 
+// Whether the kernels in CUDA C++ were compiled for that device; where they are built.
+bool cuda_serves(int64_t device);
+
 // Where this thread asked for Triton, that is Triton's, CPU tensors going to its interpreter; else
 // the CPU's, or of CUDA tensors those in CUDA C++, and Triton's where they are not built.
 const DeviceKernels& kernels_for(const Tensor& t);

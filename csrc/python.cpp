@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "device_kernels.h"
 #include "rowwise.h"
 #include "triton.h"
 
@@ -152,6 +153,10 @@ PYBIND11_MODULE(_C, m) {
       "to_triton", triton::ask, py::arg("on"),
       "Whether this thread's tensors go to Triton's kernels, those of the CPU to its interpreter; "
       "returns what was before.");
+#if defined(FASTVAE_CUDA)
+  m.def("cuda_serves", cuda_serves, py::arg("device"),
+        "Whether the kernels in CUDA C++ were compiled for that device's architecture.");
+#endif
   m.def("serve_cuda", [] { serves_cuda = true; }, "Triton has kernels for CUDA tensors.");
   m.def(
       "launch_key", launch_key, py::arg("arguments"),

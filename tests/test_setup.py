@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptx.build import setup
 
 from fastvae._backends import cpp
 
@@ -143,3 +144,25 @@ def test_with_another_torch_the_eager_backend_serves(version: str) -> None:
     assert version in detail
     (warned,) = (line for line in done.stderr.splitlines() if "Warning: " in line)
     assert warned.endswith(f"UserWarning: fastvae: {detail}; using the eager backend")
+
+
+@pytest.mark.parametrize(
+    ("present", "expected"),
+    [
+        ([], ["8.0", "9.0", "10.0+PTX"]),
+        (["7.5", "8.6", "9.0"], ["7.5", "8.0", "9.0", "10.0+PTX"]),
+        (["12.0"], ["8.0", "9.0", "10.0", "12.0+PTX"]),
+        (["7.0"], ["8.0", "9.0", "10.0+PTX"]),  # this nvcc knows no such thing any more
+    ],
+)
+def test_a_build_is_for_the_devices_present_too(
+    present: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_%s\\n' 75 80 86 90 100 120\n")
+    nvcc.chmod(0o755)
+    architectures = setup()["architectures"]
+    assert architectures(str(nvcc), present) == expected
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0+PTX")
+    assert architectures(str(nvcc), present) == ["8.6", "9.0+PTX"]

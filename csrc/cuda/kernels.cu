@@ -109,6 +109,13 @@ Split deal_columns(int64_t rows, int64_t cols, int64_t per_thread, int64_t& at_o
   return s;
 }
 
+bool run_here() {
+  cudaFuncAttributes attributes;
+  const bool here = cudaFuncGetAttributes(&attributes, elbo_reduce_kernel) == cudaSuccess;
+  if (!here) (void)cudaGetLastError();  // nobody else is to find it
+  return here;
+}
+
 void rowwise(const RowwiseArgs& a, cudaStream_t stream) {
   const int64_t blocks =
       a.column < 0 ? blocks_of(a.split, a.rows) : ceil_div(a.rows, a.rows_at_once) * a.split.splits;

@@ -105,6 +105,9 @@ Split deal_columns(int64_t rows, int64_t cols, int64_t per_thread, int64_t& at_o
 // Elements that a thread takes at a time, in either compute type.
 constexpr int per_thread(bool use_double) { return use_double ? 2 : 4; }
 
+// Whether the current device has an architecture that they were compiled for.
+bool run_here();
+
 void rowwise(const RowwiseArgs& args, cudaStream_t stream);
 void sample(const SampleArgs& args, cudaStream_t stream);
 void sample_backward(const SampleBackwardArgs& args, cudaStream_t stream);

@@ -27,8 +27,8 @@ def backends() -> dict[str, Backend]:
 def select(backend: str, device: torch.device) -> Ops:
     """The backend's functions for tensors on `device`.
 
-    ``"auto"`` is cpp for CPU tensors, for CUDA tensors cuda, or triton where that is not built, and
-    eager for other devices or where the extension is not built.
+    ``"auto"`` is cpp for CPU tensors, for CUDA tensors cuda, or triton where that is not built for
+    the device, and eager for other devices or where the extension is not built.
 
     Raises:
         ValueError: an unknown name, or a backend that can't serve this device here.
@@ -37,7 +37,7 @@ def select(backend: str, device: torch.device) -> Ops:
     if backend == "auto":
         if device.type == "cpu" and cpp.status().available:
             return _CPP
-        if device.type == "cuda" and cuda.missing() is None:
+        if device.type == "cuda" and cuda.missing() is None and cuda.refusal(device) is None:
             return _CUDA
         if device.type == "cuda" and cpp.status().available:
             if (reason := triton.missing()) is not None:
@@ -58,6 +58,8 @@ def select(backend: str, device: torch.device) -> Ops:
             raise ValueError(f"backend 'cuda' is not available: {reason}")
         if device.type != "cuda":
             raise ValueError(f"backend 'cuda' serves CUDA tensors, got a tensor on {device}")
+        if (reason := cuda.refusal(device)) is not None:
+            raise ValueError(f"backend 'cuda' is not available: {reason}")
         return _CUDA
     if backend == "triton":
         if (reason := triton.missing()) is not None:

@@ -27,6 +27,18 @@ def missing() -> str | None:
     return _REASON
 
 
+def refusal(device: torch.device) -> str | None:
+    """What keeps the kernels from running on that device, whose tensors then go to Triton."""
+    from fastvae import _C
+
+    # torch.compile can't trace the question; the operator answers it again.
+    if torch.compiler.is_compiling() or _C.cuda_serves(device.index or 0):
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    built = _C.build_info()["cuda"]
+    return f"its kernels were compiled for {built}, and {device} is {major}.{minor}"
+
+
 def status() -> Backend:
     if _REASON is not None:
         return Backend(False, _REASON)
@@ -35,7 +47,13 @@ def status() -> Backend:
     built = f"CUDA C++ for {_C.build_info()['cuda']}"
     if not torch.cuda.is_available():
         return Backend(False, f"{built} is here, but no CUDA device")
-    return Backend(True, f"{built}, CUDA tensors")
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    refusals = {str(device): refusal(device) for device in devices}
+    if all(refusals.values()):
+        return Backend(False, f"{refusals['cuda:0']} (CUDA tensors use Triton)")
+    others = [name for name, reason in refusals.items() if reason is not None]
+    but = f", but those on {', '.join(others)}, which Triton serves" if others else ""
+    return Backend(True, f"{built}, CUDA tensors{but}")
 
 
 draw_seed = cpp.draw_seed
