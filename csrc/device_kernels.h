@@ -62,7 +62,8 @@ extern const DeviceKernels cpu_device, cuda_device, triton_device;
 bool cuda_serves(int64_t device);
 
 // Where this thread asked for Triton, that is Triton's, CPU tensors going to its interpreter; else
-// the CPU's, or of CUDA tensors those in CUDA C++, and Triton's where they are not built.
+// the CPU's, or of CUDA tensors those in CUDA C++, and Triton's where they are not built for the
+// device.
 const DeviceKernels& kernels_for(const Tensor& t);
 
 // What is summed over no rows is 0.

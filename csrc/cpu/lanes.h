@@ -201,27 +201,23 @@ FASTVAE_INLINE Mask<V> sign_bit(const V& x) {
 #endif
 }
 
+#if !defined(FASTVAE_GENERIC)
 // table[i mod 8] for each lane.
 FASTVAE_INLINE F32 lookup8(const float (&table)[8], const I32& i) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_permutexvar_ps(i, _mm512_broadcast_f32x8(_mm256_loadu_ps(table)));
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), i);
-#elif defined(__aarch64__)
+#else
   // Byte by byte: 4 (i mod 8) + 0, 1, 2, 3.
   const uint32x4_t bytes = vmlaq_n_u32(
       vdupq_n_u32(0x03020100), vandq_u32(vreinterpretq_u32_s32(i), vdupq_n_u32(7)), 0x04040404);
   const auto* p = reinterpret_cast<const uint8_t*>(table);
   return vreinterpretq_f32_u8(
       vqtbl2q_u8({{vld1q_u8(p), vld1q_u8(p + 16)}}, vreinterpretq_u8_u32(bytes)));
-#else
-  int32_t at[I32::size()];
-  float out[F32::size()];
-  i.store(at);
-  for (int j = 0; j < F32::size(); ++j) out[j] = table[at[j] & 7];
-  return F32::loadu(out);
 #endif
 }
+#endif
 
 // table[i] for each lane, i a whole number in [0, 16).
 template <class V>

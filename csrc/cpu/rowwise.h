@@ -191,10 +191,10 @@ inline void rowwise_stored(const RowwiseArgs& a) {
 // The baseline has no instructions for bfloat16: there it is staged, like float16; so it is where
 // arithmetic hides it.
 template <class F>
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
-constexpr bool bf16_in_place = rare_inputs<F> == 0;
-#else
+#if defined(FASTVAE_GENERIC)
 constexpr bool bf16_in_place = false;
+#else
+constexpr bool bf16_in_place = rare_inputs<F> == 0;
 #endif
 
 template <class F>

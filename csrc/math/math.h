@@ -130,15 +130,9 @@ FASTVAE_INLINE Eighths exp_parts(const F32& x) {
   const F32 shifted = fmadd(x, F32(1.44269504f), magic), n = shifted - magic;
   const I32 bits = as_ints(shifted);
   const F32 t = lookup8(head, bits), t_tail = lookup8(tail, bits);
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
   // x − n ln 2 is exact in one fma; what ln 2 lacks is added to r late, beside the polynomial.
   const F32 r = fmadd(n, F32(-0.693147182f), x);
   const F32 fine = r + fmadd(n, F32(1.90465430e-9f), t_tail);
-#else
-  // ln 2 in two parts; n times the first is exact.
-  const F32 r = fmadd(n, F32(2.12194440e-4f), fmadd(n, F32(-0.693359375f), x));
-  const F32 fine = r + t_tail;
-#endif
   const F32 p = fmadd(r * r, fmadd(fmadd(F32(c[2]), r, F32(c[1])), r, F32(c[0])), fine);
   const F32 value = fmadd(t, p, t);
   return {n, bits, value, fmadd(t, p, t - value)};
