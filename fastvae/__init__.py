@@ -1,6 +1,6 @@
 """fastvae: fused kernels for the evidence lower bound of variational autoencoders."""
 
-from fastvae import likelihoods
+from fastvae import likelihoods, schedules
 from fastvae._backends import Backend, Terms, backends
 from fastvae._backends.cpp import empty_cache
 from fastvae.diagnostics import Diagnosis, diagnose
@@ -34,4 +34,5 @@ __all__ = [
     "log_likelihood",
     "rsample",
     "rsample_kl",
+    "schedules",
 ]

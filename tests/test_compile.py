@@ -150,6 +150,35 @@ def test_the_choice_of_a_backend_for_cuda_is_traced(monkeypatch: pytest.MonkeyPa
     assert compiled(torch.zeros(2)).tolist() == [1, 1]
 
 
+class Annealed(nn.Module):
+    """docs/recipes.md: evaluation without noise, and β from a schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vae, self.criterion = VAE("bernoulli"), fastvae.ELBOLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mu, logvar = self.vae.encoder(x).chunk(2, dim=1)
+        z = fastvae.rsample(mu, logvar) if self.training else mu
+        loss: Tensor = self.criterion(self.vae.decoder(z), x, mu, logvar)
+        return loss
+
+
+def test_evaluation_and_annealing_compile() -> None:
+    model, x, beta = Annealed(), torch.rand(4, 12), fastvae.schedules.Linear(5)
+    model.criterion.beta = torch.tensor(0.0)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for number in range(7):  # a number for beta would be a constant of the graph
+        model.criterion.beta = torch.tensor(beta(number))
+        for got, want in zip(step(compiled, model, x, 3), step(model, model, x, 3), strict=True):
+            torch.testing.assert_close(got, want)
+    assert counter.frame_count == 1
+    model.eval()
+    torch.testing.assert_close(compiled(x), model(x))
+    assert compiled(x).equal(compiled(x)) and counter.frame_count == 2
+
+
 def test_the_losses_own_precision_is_kept() -> None:
     """What is traced multiplies the KL by β itself."""
     loss = torch.compile(fastvae.elbo_loss, fullgraph=True, backend="aot_eager")
