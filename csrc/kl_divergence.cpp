@@ -17,26 +17,27 @@ std::vector<Tensor> kl_inputs(const Tensor& mu, const Tensor& logvar, const OptT
 }
 
 Tensor kl_divergence_fused(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
-                           const OptTensor& prior_logvar) {
+                           const OptTensor& prior_logvar, const OptTensor& mask) {
   const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
-  return rowwise(kl_spec(inputs.size()), inputs, {}, {}, 1.0, {}).value;
+  return rowwise(kl_spec(inputs.size()), inputs, mask, {}, 1.0, {}).value;
 }
 
 }  // namespace
 
 Tensor kl_divergence_composite(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
-                               const OptTensor& prior_logvar) {
+                               const OptTensor& prior_logvar, const OptTensor& mask) {
   const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
-  return rowwise_composite(kl_spec(inputs.size()), inputs, {});
+  return rowwise_composite(kl_spec(inputs.size()), inputs, mask);
 }
 
 namespace {
 
 Tensor kl_divergence_autograd(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
-                              const OptTensor& prior_logvar) {
+                              const OptTensor& prior_logvar, const OptTensor& mask) {
   const auto inputs = kl_inputs(mu, logvar, prior_mu, prior_logvar);
-  if (needs_composite(inputs)) return kl_divergence_composite(mu, logvar, prior_mu, prior_logvar);
-  Call call = make_call(kl_spec(inputs.size()), inputs, {});
+  if (needs_composite(inputs))
+    return kl_divergence_composite(mu, logvar, prior_mu, prior_logvar, mask);
+  Call call = make_call(kl_spec(inputs.size()), inputs, mask);
   // Its gradients take as long to scale as to compute again, if that is two launches instead of
   // one.
   call.recompute |= !kernels_for(mu).host;

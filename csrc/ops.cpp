@@ -23,8 +23,8 @@ TORCH_LIBRARY(fastvae, m) {
       "SymInt? num_samples, SymInt sample_offset, Tensor? sample_index=None) -> (Tensor grad_mu, "
       "Tensor grad_logvar)");
   m.def(
-      "kl_divergence(Tensor mu, Tensor logvar, Tensor? prior_mu=None, Tensor? prior_logvar=None) "
-      "-> Tensor");
+      "kl_divergence(Tensor mu, Tensor logvar, Tensor? prior_mu=None, Tensor? prior_logvar=None, "
+      "Tensor? mask=None) -> Tensor");
   m.def(
       "log_likelihood(Tensor x, Tensor[] params, str family, float[] options, Tensor? mask=None) "
       "-> Tensor");

@@ -10,7 +10,7 @@ namespace fastvae {
 // --- kl_divergence.cpp ---
 
 Tensor kl_divergence_composite(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
-                               const OptTensor& prior_logvar);
+                               const OptTensor& prior_logvar, const OptTensor& mask);
 
 // --- log_likelihood.cpp: what elbo and kl_divergence share ---
 

@@ -205,7 +205,7 @@ SampleResult rsample_kl_composite(const Tensor& mu, const Tensor& logvar, const 
                                   std::optional<int64_t> num_samples, int64_t sample_offset,
                                   const OptTensor& sample_index) {
   return {rsample_composite(mu, logvar, seed, num_samples, sample_offset, sample_index),
-          kl_divergence_composite(mu, logvar, {}, {})};
+          kl_divergence_composite(mu, logvar, {}, {}, {})};
 }
 
 // --- autograd ---

@@ -158,6 +158,7 @@ def _kl_divergence(
     logvar: Tensor,
     prior_mu: Tensor | None = None,
     prior_logvar: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     return _rows(mu)
 

@@ -3,30 +3,27 @@
 An error names the argument, what was expected and what came.
 """
 
-import numbers
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fastvae._backends import Prior
 from fastvae._backends._common import Beta, readable
 from fastvae.likelihoods import Likelihood
 from fastvae.likelihoods._base import number, refuse_tracked, sites
 
 Recon = Tensor | Sequence[Tensor]
-AnyPrior = tuple[Tensor | float, Tensor | float]
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_reduction(reduction: str) -> None:
-    """Raises unless reduction is a known name."""
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+def check_choice(name: str, value: str, names: tuple[str, ...]) -> None:
+    """Raises unless value is one of the names."""
+    if value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
 
 
 def check_beta(beta: object) -> Beta:
@@ -42,82 +39,17 @@ def check_beta(beta: object) -> Beta:
             raise ValueError(f"beta must hold one element, got {shape(beta)}")
         refuse_tracked("beta", beta)
         if readable(beta):
-            _check_weight("beta", beta.item())
+            check_weight("beta", beta.item())
         return beta
-    value = number("beta", beta, or_else=" or a tensor")
-    _check_weight("beta", value)
-    return value
+    return check_weight("beta", beta, or_else=" or a tensor")
 
 
-def _check_weight(name: str, value: float) -> None:
-    if not 0.0 <= value <= sys.float_info.max:
-        raise ValueError(f"{name} must be finite and ≥ 0, got {value}")
-
-
-def check_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """The two; raises unless they are dense floating tensors alike, with a batch dimension.
-
-    Under autocast, which gives some ops' outputs in float32 among others', their dtypes may differ:
-    then both come back in the wider one.
-    """
-    check_floating("mu", mu)
-    check_floating("logvar", logvar)
-    if mu.shape != logvar.shape:
-        raise ValueError(
-            f"mu and logvar must have the same shape, got {shape(mu)} and {shape(logvar)}"
-        )
-    if mu.dtype != logvar.dtype and not _under_autocast(mu):
-        raise TypeError(
-            f"mu and logvar must have the same dtype, got {mu.dtype} and {logvar.dtype}"
-        )
-    if mu.device != logvar.device:
-        raise ValueError(
-            f"mu and logvar must be on the same device, got {mu.device} and {logvar.device}"
-        )
-    if mu.dim() == 0:
-        raise ValueError("mu must have a batch dimension, got []: mu[None] is a batch of one")
-    if mu.dtype == logvar.dtype:
-        return mu, logvar
-    wide = torch.promote_types(mu.dtype, logvar.dtype)
-    return mu.to(wide), logvar.to(wide)
-
-
-def expand_prior(prior: AnyPrior, mu: Tensor) -> Prior:
-    """The prior's parameters in mu's shape, and its dtype or, under autocast, the widest of the
-    three; raises unless they fit.
-    """
-    if not isinstance(prior, (tuple, list)) or len(prior) != 2:
-        raise TypeError(
-            "prior must be a pair (mu, logvar) of tensors or numbers, got "
-            f"{type(prior).__name__}{_parameters_of(prior, 'p')}"
-        )
-    names = ("prior mu", "prior logvar")
-    pair = tuple(_as_tensor(name, t, mu) for name, t in zip(names, prior, strict=True))
-    for name, t in zip(names, pair, strict=True):
-        check_floating(name, t)
-        if t.dtype != mu.dtype and not _under_autocast(mu):
-            raise TypeError(f"{name} must have mu's dtype {mu.dtype}, got {t.dtype}")
-        if t.device != mu.device:
-            raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
-        if not _broadcasts(t, mu.shape):
-            raise ValueError(f"{name} must broadcast to mu's shape {shape(mu)}, got {shape(t)}")
-    first, second = (t.expand(mu.shape) for t in pair)
-    if first.dtype == second.dtype == mu.dtype:
-        return first, second
-    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), mu.dtype)
-    return first.to(wide), second.to(wide)
-
-
-def _as_tensor(name: str, value: Any, mu: Tensor) -> Tensor:
-    """A number as a tensor like mu; anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return cast(Tensor, value)
-    found, most = number(name, value), torch.finfo(mu.dtype).max
-    if not -most <= found <= most:
-        raise ValueError(f"{name} must be a finite {mu.dtype}, got {found}")
-    return (
-        mu.new_ones(()) * found
-    )  # not new_full, which would make it a constant of a compiled graph
+def check_weight(name: str, value: object, or_else: str = "") -> float:
+    """A number as a float; raises unless it is finite and ≥ 0."""
+    found = value if type(value) is float else number(name, value, or_else=or_else)
+    if not 0.0 <= found <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite and ≥ 0, got {found}")
+    return found
 
 
 def _parameters_of(q: object, name: str) -> str:
@@ -127,11 +59,6 @@ def _parameters_of(q: object, name: str) -> str:
     if isinstance(q, torch.distributions.Distribution):
         return f": q = fastvae.from_distribution({name}) has q.mu and q.logvar"
     return ""
-
-
-def _under_autocast(t: Tensor) -> bool:
-    kind = t.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def shape(t: Tensor) -> str:
@@ -205,7 +132,8 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
+def broadcasts(t: Tensor, shape: torch.Size) -> bool:
+    """Whether t expands to that shape."""
     return t.dim() <= len(shape) and all(
         a == 1 or a == b for a, b in zip(reversed(t.shape), reversed(shape), strict=False)
     )
@@ -263,7 +191,7 @@ def _fit(name: str, t: Tensor, first: Tensor, event_dims: int) -> Tensor:
     if t.shape == first.shape:
         return t
     check_dense(name, t)
-    if not _broadcasts(t, first.shape):
+    if not broadcasts(t, first.shape):
         raise ValueError(f"{name} must broadcast to shape {shape(first)}, got {shape(t)}")
     if t.numel() == 1:
         return t.reshape(())
@@ -276,18 +204,18 @@ def _fit(name: str, t: Tensor, first: Tensor, event_dims: int) -> Tensor:
     return t.expand(first.shape)
 
 
-def check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+def check_mask(mask: Tensor | None, x: Tensor, name: str = "mask", of: str = "x") -> Tensor | None:
     """The mask in x's shape; raises unless it is bool and fits."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, got {kind}")
-    check_dense("mask", mask)
+        raise TypeError(f"{name} must be a bool tensor, got {kind}")
+    check_dense(name, mask)
     if mask.device != x.device:
-        raise ValueError(f"mask must be on x's device {x.device}, got {mask.device}")
-    if not _broadcasts(mask, x.shape):
-        raise ValueError(f"mask must broadcast to x's shape {shape(x)}, got {shape(mask)}")
+        raise ValueError(f"{name} must be on {of}'s device {x.device}, got {mask.device}")
+    if not broadcasts(mask, x.shape):
+        raise ValueError(f"{name} must broadcast to {of}'s shape {shape(x)}, got {shape(mask)}")
     return mask.expand(x.shape)
 
 

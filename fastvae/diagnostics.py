@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvae import functional
 from fastvae._backends import select
-from fastvae._validation import AnyPrior, check_latent, expand_prior
+from fastvae._latents import AnyPrior, Posterior, latent
 
 
 class Diagnosis(NamedTuple):
@@ -33,9 +33,11 @@ class Diagnosis(NamedTuple):
 
 
 def diagnose(
-    mu: Tensor,
-    logvar: Tensor,
+    mu: Posterior,
+    logvar: Tensor | None = None,
     *,
+    std: Tensor | None = None,
+    log_std: Tensor | None = None,
     prior: AnyPrior | None = None,
     threshold: float = 0.01,
     loss: Tensor | None = None,
@@ -48,7 +50,8 @@ def diagnose(
     Var_x(E_q[u | x]) exceeds the threshold. Not differentiable. Nothing waits for the device.
 
     Args:
-        mu, logvar: the encoder's output, [B, *event], B ≥ 1.
+        mu, logvar, std, log_std: the encoder's output, [B, *event], B ≥ 1, as `fastvae.rsample`
+            takes it.
         prior: as in `fastvae.kl_divergence`.
         threshold: of the variance of μ over the batch (divided by B).
         loss: the negative ELBO of these samples in nats, [] (mean) or [B], with β = 1.
@@ -59,22 +62,16 @@ def diagnose(
         ValueError, TypeError: as `fastvae.kl_divergence`; an empty batch; one of loss and x
             without the other, or of another shape.
     """
-    mu, logvar = check_latent(mu, logvar)
-    if mu.shape[0] == 0:
-        raise ValueError(f"mu must hold at least one sample, got {list(mu.shape)}")
-    if (loss is None) != (x is None):
-        raise ValueError(f"give loss and x together, got {'x' if loss is None else 'loss'} alone")
     with torch.no_grad():
-
-        def by_dim(t: Tensor) -> Tensor:  # the kernel sums along rows: here over the batch
-            return t.reshape(mu.shape[0], -1).T
-
-        turned = None
-        if prior is not None:
-            prior_mu, prior_logvar = expand_prior(prior, mu)
-            turned = (by_dim(prior_mu), by_dim(prior_logvar))
-        sums = functional.kl_divergence(by_dim(mu), by_dim(logvar), prior=turned, backend=backend)
-        kl_per_dim = (sums / mu.shape[0]).view(mu.shape[1:])
+        mu, logvar = latent(mu, logvar, std, log_std)
+        if mu.shape[0] == 0:
+            raise ValueError(f"mu must hold at least one sample, got {list(mu.shape)}")
+        if (loss is None) != (x is None):
+            given = "x" if loss is None else "loss"
+            raise ValueError(f"give loss and x together, got {given} alone")
+        kl_per_dim = functional.kl_divergence(
+            mu, logvar, prior=prior, per="dimension", backend=backend
+        )
         kl = kl_per_dim.sum()
         active = mu.to(kl.dtype).var(0, correction=0) > threshold
         return Diagnosis(

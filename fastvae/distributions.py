@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 
 from fastvae import functional
 from fastvae._composite import compute_dtype
-from fastvae._validation import check_latent
+from fastvae._latents import HasLogvar, beside, latent, of_batch, of_distribution
 
 
 class DiagonalNormal(Distribution):
@@ -25,6 +25,8 @@ class DiagonalNormal(Distribution):
     Args:
         mu: mean, [B, *event], floating.
         logvar: ln σ², the same shape, dtype and device.
+        std, log_std: σ, above 0 (checked on CPU), or ln σ, in place of logvar; a 16-bit std makes
+            a distribution of float32.
         validate_args: whether values are checked as well (NaN, values outside the support). Off
             unless asked for: it reads the tensors, which stalls a GPU.
 
@@ -40,8 +42,16 @@ class DiagonalNormal(Distribution):
     arg_constraints = {"mu": constraints.real, "logvar": constraints.real}  # noqa: RUF012
     has_rsample = True
 
-    def __init__(self, mu: Tensor, logvar: Tensor, validate_args: bool | None = None) -> None:
-        self.mu, self.logvar = check_latent(mu, logvar)
+    def __init__(
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        validate_args: bool | None = None,
+        *,
+        std: Tensor | None = None,
+        log_std: Tensor | None = None,
+    ) -> None:
+        self.mu, self.logvar = latent(mu, logvar, std, log_std)
         shape = self.mu.shape
         super().__init__(shape[:1], shape[1:], validate_args=bool(validate_args))
 
@@ -134,15 +144,7 @@ class DiagonalNormal(Distribution):
         return per_dim.flatten(1).sum(1) if per_dim.dim() > 1 else per_dim
 
 
-@runtime_checkable
-class _Posterior(Protocol):
-    """What diffusers' DiagonalGaussianDistribution has, among others."""
-
-    mean: Tensor
-    logvar: Tensor
-
-
-def from_distribution(q: Distribution | _Posterior) -> DiagonalNormal:
+def from_distribution(q: Distribution | HasLogvar) -> DiagonalNormal:
     """A diagonal normal of another library as `DiagonalNormal`; gradients flow to its parameters.
 
     Args:
@@ -161,19 +163,8 @@ def from_distribution(q: Distribution | _Posterior) -> DiagonalNormal:
     """
     if isinstance(q, DiagonalNormal):
         return q
-    if isinstance(q, Independent) and isinstance(q.base_dist, Normal):
-        if len(q.batch_shape) != 1:
-            raise ValueError(
-                "q must have one batch dimension, the rest reinterpreted as the event, got "
-                f"batch_shape {list(q.batch_shape)} and event_shape {list(q.event_shape)}"
-            )
-        q = q.base_dist
-    if isinstance(q, Normal):
-        return DiagonalNormal(q.loc, 2 * q.scale.log())
-    if isinstance(q, _Posterior) and not isinstance(q, type):
-        if getattr(q, "deterministic", False):
-            raise ValueError("q is deterministic: take its mean, there is nothing to sample")
-        return DiagonalNormal(q.mean, q.logvar)
+    if (found := of_batch(q)) is not None:
+        return DiagonalNormal(*found)
     inside = f" of {type(q.base_dist).__name__}" if isinstance(q, Independent) else ""
     raise TypeError(
         "q must be a Normal, an Independent of one, or have tensors mean and logvar, got "
@@ -190,18 +181,10 @@ def _parameters(
             f"q and p must have the same event_shape, got {list(d.event_shape)} and "
             f"{list(like.event_shape)}"
         )
-    if isinstance(d, DiagonalNormal):
-        return d.mu, d.logvar
-    d = d.base_dist if isinstance(d, Independent) else d
-    if not isinstance(d, Normal):
-        raise NotImplementedError(f"no KL of an Independent of {type(d).__name__} is registered")
-    return _beside(d.loc, like.mu), _beside(2 * d.scale.log(), like.mu)
-
-
-def _beside(t: Tensor, like: Tensor) -> Tensor:
-    """A number of the host's without a copy that the device waits for: Normal(0.0, 1.0)."""
-    number = t.dim() == 0 and t.device.type == "cpu" and not t.requires_grad
-    return like.new_full((), t.item()) if number and like.device.type != "cpu" else t
+    if (found := of_distribution(d)) is None:
+        inner = type(d.base_dist if isinstance(d, Independent) else d).__name__
+        raise NotImplementedError(f"no KL of an Independent of {inner} is registered")
+    return beside(found[0], like.mu), beside(found[1], like.mu)
 
 
 def _kl(

@@ -14,31 +14,33 @@ from torch.compiler import is_compiling
 from typing_extensions import Unpack
 
 from fastvae import likelihoods
-from fastvae._backends import Ops, Prior, Terms, cpp, select
+from fastvae._backends import Ops, Terms, cpp, select
 from fastvae._backends._common import Beta
+from fastvae._kl import FREE_BITS_PER, divergence, floored
+from fastvae._latents import AnyPrior, Posterior, expand_prior, latent
 from fastvae._validation import (
-    AnyPrior,
+    REDUCTIONS,
     Recon,
     check_beta,
+    check_choice,
     check_count,
-    check_floating,
     check_integers,
-    check_latent,
     check_mask,
     check_per_sample,
     check_recon,
-    check_reduction,
     check_stream,
-    expand_prior,
+    check_weight,
     shape,
 )
 from fastvae.likelihoods import Likelihood
 
 
 def rsample(
-    mu: Tensor,
-    logvar: Tensor,
+    mu: Posterior,
+    logvar: Tensor | None = None,
     *,
+    std: Tensor | None = None,
+    log_std: Tensor | None = None,
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
@@ -46,15 +48,17 @@ def rsample(
     sample_index: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Draws z = μ + e^(logvar/2) ε, ε ~ N(0, I), differentiable in μ and logvar.
+    """Draws z = μ + σ ε, σ = e^(logvar/2), ε ~ N(0, I), differentiable in μ and logvar.
 
     The reparameterization trick (Kingma & Welling 2014, section 2.4). ε is never stored: it is a
     function of a seed drawn from torch's generator and of the element's index, and backward draws
     it again. It is a float32 number for every dtype.
 
     Args:
-        mu: mean, [B, *event].
+        mu: mean, [B, *event]; or, alone, a distribution that has all: a `DiagonalNormal`, a
+            ``torch.distributions.Normal`` or ``Independent`` of one, diffusers'.
         logvar: ln σ², the same shape, dtype and device.
+        std, log_std: σ, above 0 (checked on CPU), or ln σ, in place of logvar.
         num_samples: K draws for each row, in a leading dimension.
         generator: source of the seed; torch's default one if left out.
         seed: the seed itself, an int in [0, 2⁶³) or an int64 tensor of one element on mu's device
@@ -71,28 +75,36 @@ def rsample(
         z, [B, *event] or [K, B, *event], in mu's dtype.
 
     Raises:
-        ValueError: shapes or devices differ, num_samples < 1, both generator and seed, both
-            sample_offset and sample_index, unknown or unavailable backend.
+        ValueError: shapes or devices differ, not exactly one of logvar, std and log_std,
+            num_samples < 1, both generator and seed, both sample_offset and sample_index, unknown
+            or unavailable backend.
         TypeError: mu or logvar is not a floating tensor, or their dtypes differ (under autocast
             the wider is taken); another argument has the wrong type.
     """
     common = num_samples is None and generator is None and seed is None and sample_index is None
+    common = common and std is None and log_std is None
     if common and backend == "auto" and not is_compiling():
         z = cpp.direct.rsample(mu, logvar, sample_offset)
         if z is not None:
             return z
-    mu, logvar = check_latent(mu, logvar)
-    check_stream(mu, num_samples, sample_offset, sample_index)
-    ops = select(backend, mu.device)
-    key = _seed(ops, mu, generator, seed)
-    return ops.rsample(mu, logvar, key, num_samples, sample_offset, sample_index)
+    mean, logvar = latent(mu, logvar, std, log_std)
+    check_stream(mean, num_samples, sample_offset, sample_index)
+    ops = select(backend, mean.device)
+    key = _seed(ops, mean, generator, seed)
+    z = ops.rsample(mean, logvar, key, num_samples, sample_offset, sample_index)
+    return z if std is None else z.to(_dtype(mu))
 
 
 def rsample_kl(
-    mu: Tensor,
-    logvar: Tensor,
+    mu: Posterior,
+    logvar: Tensor | None = None,
     *,
+    std: Tensor | None = None,
+    log_std: Tensor | None = None,
     prior: AnyPrior | None = None,
+    batch_dims: int = 1,
+    per: str = "sample",
+    mask: Tensor | None = None,
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
@@ -102,51 +114,93 @@ def rsample_kl(
 ) -> tuple[Tensor, Tensor]:
     """`rsample` and `kl_divergence` in one pass over mu and logvar.
 
-    With a `prior` the two are computed one after the other. Arguments and errors are theirs.
+    With a `prior`, or a KL that is not summed over all but the batch dimensions, the two are
+    computed one after the other. Arguments and errors are theirs.
 
     Returns:
-        z as from `rsample` (the same draws under the same seed), and kl [B] in nats.
+        z as from `rsample` (the same draws under the same seed), and kl [B] in nats, or as
+        `kl_divergence` says. Where the mask is False z is a draw of N(0, 1), without a gradient.
     """
     common = num_samples is None and generator is None and seed is None and sample_index is None
-    if common and prior is None and backend == "auto" and not is_compiling():
+    common = common and std is None and log_std is None
+    plain = prior is None and type(batch_dims) is int and batch_dims == 1 and per == "sample"
+    if common and plain and mask is None and backend == "auto" and not is_compiling():
         sample = cpp.direct.rsample_kl(mu, logvar, sample_offset)
         if sample is not None:
             return sample
-    mu, logvar = check_latent(mu, logvar)
-    check_stream(mu, num_samples, sample_offset, sample_index)
-    expanded = None if prior is None else expand_prior(prior, mu)
-    ops = select(backend, mu.device)
-    key = _seed(ops, mu, generator, seed)
-    if expanded is None:
-        return ops.rsample_kl(mu, logvar, key, num_samples, sample_offset, sample_index)
-    z = ops.rsample(mu, logvar, key, num_samples, sample_offset, sample_index)
-    return z, _kl(ops, mu, logvar, expanded)
+    mean, logvar = latent(mu, logvar, std, log_std)
+    check_stream(mean, num_samples, sample_offset, sample_index)
+    _check_sum(mean, batch_dims, per)
+    expanded = None if prior is None else expand_prior(prior, mean)
+    if (mask := check_mask(mask, mean, of="mu")) is not None:  # a KL of 0 to N(0, I)
+        mean, logvar = torch.where(mask, mean, 0), torch.where(mask, logvar, 0)
+    ops = select(backend, mean.device)
+    key = _seed(ops, mean, generator, seed)
+    if plain:
+        z, kl = ops.rsample_kl(mean, logvar, key, num_samples, sample_offset, sample_index)
+    else:
+        z = ops.rsample(mean, logvar, key, num_samples, sample_offset, sample_index)
+        kl = divergence(ops, mean, logvar, expanded, mask, batch_dims, per)
+    return z if std is None else z.to(_dtype(mu)), kl
 
 
 def kl_divergence(
-    mu: Tensor, logvar: Tensor, *, prior: AnyPrior | None = None, backend: str = "auto"
+    mu: Posterior,
+    logvar: Tensor | None = None,
+    *,
+    std: Tensor | None = None,
+    log_std: Tensor | None = None,
+    prior: AnyPrior | None = None,
+    batch_dims: int = 1,
+    per: str = "sample",
+    mask: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """KL(N(μ, e^logvar) ‖ prior) per sample, in nats (Kingma & Welling 2014, appendix B).
+    """KL(N(μ, σ²) ‖ prior) per sample, in nats (Kingma & Welling 2014, appendix B).
 
-    Accurate near the prior too: e^lv − 1 − lv is not computed as that difference.
+    Accurate near the prior too: with lv = ln σ², e^lv − 1 − lv is not computed as that difference.
 
     Args:
-        mu: mean, [B, *event].
+        mu: mean, [B, *event]; or, alone, a distribution, as in `rsample`.
         logvar: ln σ², the same shape, dtype and device.
+        std, log_std: σ, above 0 (checked on CPU), or ln σ, in place of logvar.
         prior: (mu, logvar) of a diagonal normal, each a number or a tensor that broadcasts to mu's
-            shape; N(0, I) if left out. Gradients flow to it.
+            shape; or what has them: a ``torch.distributions.Normal``, a `DiagonalNormal`, a module
+            with learned ``mu`` and ``logvar``. N(0, I) if left out. Gradients flow to it.
+        batch_dims: how many leading dimensions are not summed over: 2 for a value per sequence and
+            step, [B, T, L] to [B, T].
+        per: "sample"; "dimension" for the mean over the batch dimensions, one value for each
+            element of the event; "element" for no sum at all.
+        mask: bool, broadcastable to mu. False leaves the element out: value and gradient are 0
+            whatever is stored there, and a mean is over those that are kept.
         backend: "auto", "cpp", "cuda", "triton" or "eager".
 
     Returns:
-        kl, [B]; summed over the event dimensions.
+        kl, [B], of ``batch_dims=2`` [B, T]; summed over the event dimensions. Per dimension
+        [*event], per element mu's shape.
 
     Raises:
-        ValueError: shapes or devices don't fit, unknown or unavailable backend.
+        ValueError: shapes or devices don't fit, not exactly one of logvar, std and log_std, more
+            batch_dims than mu has, unknown `per`, unknown or unavailable backend.
         TypeError: not floating tensors, or dtypes differ (under autocast the widest is taken).
     """
-    mu, logvar = check_latent(mu, logvar)
-    expanded = None if prior is None else expand_prior(prior, mu)
-    return _kl(select(backend, mu.device), mu, logvar, expanded)
+    mean, logvar = latent(mu, logvar, std, log_std)
+    _check_sum(mean, batch_dims, per)
+    expanded = None if prior is None else expand_prior(prior, mean)
+    mask = check_mask(mask, mean, of="mu")
+    return divergence(select(backend, mean.device), mean, logvar, expanded, mask, batch_dims, per)
+
+
+def _check_sum(mu: Tensor, batch_dims: int, per: str) -> None:
+    check_count("batch_dims", batch_dims, 1)
+    if batch_dims > mu.dim():
+        raise ValueError(f"mu must have batch_dims = {batch_dims} dimensions, got {shape(mu)}")
+    check_choice("per", per, ("sample", "dimension", "element"))
+
+
+def _dtype(mu: Posterior) -> torch.dtype:
+    """Of a mu that came with a std: a tensor's."""
+    return cast(Tensor, mu).dtype
 
 
 def log_likelihood(
@@ -188,7 +242,10 @@ class CallOptions(TypedDict, total=False):
     """What a call of the loss may have besides recon, x, mu and logvar: `elbo_loss` says what."""
 
     kl: Tensor | None
+    std: Tensor | None
+    log_std: Tensor | None
     prior: AnyPrior | None
+    kl_mask: Tensor | None
     sample_weight: Tensor | None
     mask: Tensor | None
 
@@ -198,6 +255,8 @@ class LossOptions(CallOptions, total=False):
 
     likelihood: str | Likelihood
     beta: Beta
+    free_bits: float
+    free_bits_per: str
     reduction: str
     inplace_backward: bool
     backend: str
@@ -206,7 +265,7 @@ class LossOptions(CallOptions, total=False):
 def elbo_loss(
     recon: Recon,
     x: Tensor,
-    mu: Tensor | None = None,
+    mu: Posterior | None = None,
     logvar: Tensor | None = None,
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -219,17 +278,26 @@ def elbo_loss(
     Args:
         recon: the decoder's output, as in `log_likelihood`.
         x: targets, [B, *event].
-        mu, logvar: the encoder's output, [B, *latent]; or give `kl` instead.
+        mu, logvar: the encoder's output, [B, *latent]; or give `kl` instead. std, log_std, and a
+            distribution for mu, as in `rsample`.
         kl: one value per sample, [B], as from `rsample_kl`; any estimate will do.
         likelihood: a name or an object; "bernoulli" if left out.
         beta: factor of the KL, ≥ 0, 1 if left out: a number, numpy's too, or a floating tensor of
             one element, to which a gradient flows. The number 0 leaves the KL out, be it infinite.
         reduction: "mean" over the batch, the default, "sum", or "none" for one value per sample. An
             empty batch gives 0.
+        free_bits: λ ≥ 0, in nats: what of the KL lies below gives no gradient, so that latents
+            don't collapse; 0 if left out.
+        free_bits_per: what λ bounds (b counts samples, j latents): "dimension", the default,
+            Σ_j max(λ, mean_b KL_bj), as published (Kingma et al. 2016, equation 15); "element",
+            Σ_j max(λ, KL_bj); "sample", max(λ, KL_b); "batch", max(λ, mean_b KL_b). A value of the
+            whole batch is each of its samples'. Only the last two go with `kl`.
         prior: as in `kl_divergence`; only together with mu and logvar.
+        kl_mask: the mask of `kl_divergence`, bool, broadcastable to mu; only together with it.
         sample_weight: w, [B], floating; gradients flow to it. "mean" stays the plain mean of the
             weighted values.
-        mask: as in `log_likelihood`; it concerns the reconstruction alone.
+        mask: as in `log_likelihood`; it concerns the reconstruction alone. A padded sequence wants
+            both masks.
         inplace_backward: let the gradient overwrite recon, so that the loss takes no memory of the
             reconstruction's size. Only for a recon that nobody reads afterwards: it holds its
             gradient once the loss is computed, and an op that saved it for its own backward (a
@@ -243,7 +311,8 @@ def elbo_loss(
 
     Raises:
         ValueError, TypeError: as `log_likelihood` and `kl_divergence`; also for neither or both of
-            kl and (mu, logvar), an unknown reduction, a beta that is not finite and ≥ 0; with
+            kl and (mu, logvar), an unknown reduction or free_bits_per, a beta or free_bits that is
+            not finite and ≥ 0, free bits per dimension or element of a `kl`; with
             inplace_backward, a recon that is a leaf, not contiguous, or in memory that another
             argument uses.
     """
@@ -253,7 +322,7 @@ def elbo_loss(
 def elbo_terms(
     recon: Recon,
     x: Tensor,
-    mu: Tensor | None = None,
+    mu: Posterior | None = None,
     logvar: Tensor | None = None,
     **options: Unpack[LossOptions],
 ) -> Terms:
@@ -270,14 +339,19 @@ def elbo_terms(
 def evaluate(
     recon: Recon,
     x: Tensor,
-    mu: Tensor | None = None,
+    mu: Posterior | None = None,
     logvar: Tensor | None = None,
     *,
     kl: Tensor | None = None,
+    std: Tensor | None = None,
+    log_std: Tensor | None = None,
     likelihood: str | Likelihood = "bernoulli",
     beta: Beta = 1.0,
+    free_bits: float = 0.0,
+    free_bits_per: str = "dimension",
     reduction: str = "mean",
     prior: AnyPrior | None = None,
+    kl_mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
@@ -285,9 +359,11 @@ def evaluate(
 ) -> tuple[Terms, Tensor, Tensor]:
     """`elbo_terms`, and each row's log-likelihood ([B] or [K, B], detached) and KL ([B])."""
     family = _family(likelihood)
-    check_reduction(reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     beta = check_beta(beta)
-    common = mu is None and logvar is None and prior is None and mask is None
+    floor = check_weight("free_bits", free_bits)
+    common = mu is None and logvar is None and std is None and log_std is None and prior is None
+    common = common and mask is None and kl_mask is None and floor == 0
     common = common and sample_weight is None and not inplace_backward and backend == "auto"
     common = common and type(beta) is float
     if common and family.as_given and not is_compiling():
@@ -298,25 +374,36 @@ def evaluate(
     params = check_recon(recon, x, family)
     mask = family.kept(x, check_mask(mask, x))
     weight = check_per_sample("sample_weight", sample_weight, x)
+    check_choice("free_bits_per", free_bits_per, FREE_BITS_PER)
     ops = select(backend, x.device)
     if kl is not None:
-        if mu is not None or logvar is not None or prior is not None:
-            raise ValueError("give either kl or mu, logvar (and prior), got both")
+        beside = {"mu": mu, "logvar": logvar, "std": std, "log_std": log_std, "prior": prior}
+        if any(t is not None for t in (*beside.values(), kl_mask)):
+            raise ValueError("give either kl or mu, logvar (and prior, kl_mask), got both")
         kl = check_per_sample("kl", kl, x)
-    else:
-        if mu is not None:
-            check_floating("mu", mu)  # a distribution or a pair of them: the way out
-        if mu is None or logvar is None:
-            given = " and ".join(n for n, t in (("mu", mu), ("logvar", logvar)) if t is not None)
-            raise ValueError(f"give mu and logvar, or kl, got {given or 'none of them'}")
-        mu, logvar = check_latent(mu, logvar)
-        if mu.shape[0] != x.shape[0] or mu.device != x.device:
+        assert kl is not None
+        if floor > 0 and free_bits_per in ("dimension", "element"):
             raise ValueError(
-                f"mu and x must agree in batch size and device, got {shape(mu)} on {mu.device} "
-                f"and {shape(x)} on {x.device}"
+                f"free_bits per {free_bits_per} need mu and logvar, got kl, which is one value "
+                "per sample"
             )
-        kl = _kl(ops, mu, logvar, None if prior is None else expand_prior(prior, mu))
-    assert kl is not None
+        kl = floored(kl, floor, free_bits_per)
+    else:
+        if mu is None:
+            given = "logvar" if logvar is not None else "none of them"
+            raise ValueError(f"give mu and logvar, or kl, got {given}")
+        mean, logvar = latent(mu, logvar, std, log_std)
+        if mean.shape[0] != x.shape[0] or mean.device != x.device:
+            raise ValueError(
+                f"mu and x must agree in batch size and device, got {shape(mean)} on "
+                f"{mean.device} and {shape(x)} on {x.device}"
+            )
+        expanded = None if prior is None else expand_prior(prior, mean)
+        kept = check_mask(kl_mask, mean, "kl_mask", "mu")
+        per = free_bits_per if floor > 0 and free_bits_per != "batch" else "sample"
+        kl = divergence(ops, mean, logvar, expanded, kept, 1, per)
+        kl = floored(kl, floor, free_bits_per, kept)
+    kl = kl.expand(x.shape[:1]) if kl.dim() == 0 else kl
     terms, rows = ops.elbo(x, params, kl, family, mask, weight, beta, reduction, inplace_backward)
     return terms, rows, kl
 
@@ -332,12 +419,6 @@ def _family(likelihood: str | Likelihood) -> Likelihood:
     if family is None:
         family = _NAMED[likelihood] = likelihoods.get(likelihood)
     return family
-
-
-def _kl(ops: Ops, mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
-    if prior is not None and (dtype := prior[0].dtype) != mu.dtype:
-        mu, logvar = mu.to(dtype), logvar.to(dtype)
-    return ops.kl_divergence(mu, logvar, prior)
 
 
 def _seed(ops: Ops, mu: Tensor, generator: torch.Generator | None, seed: object) -> Tensor:

@@ -9,7 +9,9 @@ from typing_extensions import Unpack
 from fastvae import likelihoods
 from fastvae._backends import Terms, check_backend
 from fastvae._backends._common import Beta, in_transform
-from fastvae._validation import Recon, check_beta, check_reduction
+from fastvae._kl import FREE_BITS_PER
+from fastvae._latents import Posterior
+from fastvae._validation import REDUCTIONS, Recon, check_beta, check_choice, check_weight
 from fastvae.diagnostics import NonFinite
 from fastvae.functional import CallOptions, evaluate
 from fastvae.likelihoods import Likelihood
@@ -26,6 +28,7 @@ class ELBOLoss(nn.Module):
             both move with it and are part of its state. What an optimizer could make negative wants
             a softplus; after the meta device and ``to_empty`` assign it again.
         reduction: "mean" over the batch, "sum", or "none".
+        free_bits, free_bits_per: as in `fastvae.elbo_loss`; attributes, to change freely.
         backend: "auto", "cpp", "cuda", "triton" or "eager".
         inplace_backward: as in `fastvae.elbo_loss`: recon is overwritten by its gradient.
         track_nonfinite: count rows that are not finite, on the device, for `check`: one small
@@ -45,9 +48,12 @@ class ELBOLoss(nn.Module):
         backend: str = "auto",
         inplace_backward: bool = False,
         track_nonfinite: bool = False,
+        free_bits: float = 0.0,
+        free_bits_per: str = "dimension",
     ) -> None:
         super().__init__()
-        check_reduction(reduction)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("free_bits_per", free_bits_per, FREE_BITS_PER)
         check_backend(backend)
         self.likelihood = likelihoods.get(likelihood)
         self.beta: Beta
@@ -56,6 +62,8 @@ class ELBOLoss(nn.Module):
         self.backend = backend
         self.inplace_backward = inplace_backward
         self.track_nonfinite = track_nonfinite
+        self.free_bits = check_weight("free_bits", free_bits)
+        self.free_bits_per = free_bits_per
         # By device. Not a buffer: DDP would overwrite each rank's own by the first rank's.
         cpu = torch.device("cpu")
         self._nonfinite = {cpu: NonFinite(cpu)} if track_nonfinite else {}
@@ -75,7 +83,7 @@ class ELBOLoss(nn.Module):
         self,
         recon: Recon,
         x: Tensor,
-        mu: Tensor | None = None,
+        mu: Posterior | None = None,
         logvar: Tensor | None = None,
         *,
         return_terms: bool = False,
@@ -89,7 +97,8 @@ class ELBOLoss(nn.Module):
         terms, rows, kl_rows = evaluate(
             recon, x, mu, logvar, likelihood=self.likelihood, beta=self.beta,
             reduction=self.reduction, inplace_backward=self.inplace_backward,
-            backend=self.backend, **options,
+            backend=self.backend, free_bits=self.free_bits, free_bits_per=self.free_bits_per,
+            **options,
         )  # fmt: skip
         if self.track_nonfinite and not in_transform() and rows.device.type != "meta":
             counter = self._nonfinite.get(rows.device)
@@ -102,7 +111,7 @@ class ELBOLoss(nn.Module):
         self,
         recon: Recon,
         x: Tensor,
-        mu: Tensor | None = None,
+        mu: Posterior | None = None,
         logvar: Tensor | None = None,
         **options: Unpack[CallOptions],
     ) -> Terms:
@@ -131,4 +140,5 @@ class ELBOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         beta = self.beta if isinstance(self.beta, float) else "tensor"
-        return f"beta={beta}, reduction={self.reduction!r}, backend={self.backend!r}"
+        free = f", free_bits={self.free_bits} per {self.free_bits_per}" if self.free_bits else ""
+        return f"beta={beta}, reduction={self.reduction!r}, backend={self.backend!r}{free}"

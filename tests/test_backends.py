@@ -100,7 +100,7 @@ def test_compiled_code_is_not_sent_to_triton_past_cuda(
     monkeypatch.setattr(cuda, "_REASON", None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(ValueError, match="whose CUDA tensors go to backend 'cuda'"):
-        triton.kl_divergence(torch.empty(2, 3, device="meta"), torch.empty(2, 3), None)
+        triton.kl_divergence(torch.empty(2, 3, device="meta"), torch.empty(2, 3), None, None)
 
 
 def test_triton_takes_cpu_tensors_only_in_the_interpreter(

@@ -47,7 +47,7 @@ RAW_GOOD: dict[str, dict[str, Any]] = {
     "rsample": {**LATENTS, **Z},
     "rsample_kl": {**LATENTS, **Z},
     "rsample_backward": {"grad_z": MU, "grad_kl": full(4), **LATENTS, **Z},
-    "kl_divergence": {**LATENTS, **NO_PRIOR},
+    "kl_divergence": {**LATENTS, **NO_PRIOR, "mask": None},
     "log_likelihood": FAMILY,
     "row_forward": {**FAMILY, "weight": full(4), "scale": 1.0, "needs": [True] * 5},
     "elbo": {**FAMILY, "kl": full(4), "weight": full(4), "beta": 1.0, "reduction": "mean"},
@@ -159,6 +159,8 @@ RAW: dict[str, list[Bad]] = {
         bad(V, "prior.*one", prior_logvar=MU),
         bad(V, r"(prior|mu).*\[1, 6\]", prior_mu=MU, prior_logvar=full(1, 6)),
         bad(T, "prior.*Long", prior_mu=MU, prior_logvar=i64(4, 6)),
+        bad(T, "mask.*bool.*Float", mask=full(4, 6)),
+        bad(V, r"mask.*mu.*\[4, 1\]", mask=bool_(4, 1)),
     ],
     "log_likelihood": RAW_DATA,
     "row_forward": [

@@ -52,6 +52,7 @@ def calls_with(seed: Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (torch.randn(5, 7), torch.rand(5), plain[0], plain[1], seed, None, 0),
         ),
         "kl_divergence": (ops.kl_divergence, (mu, logvar)),
+        "kl_divergence-mask": (ops.kl_divergence, (mu, logvar, None, None, plain[0] > 0)),
         "kl_divergence-prior": (ops.kl_divergence, (mu, logvar, leaf(5, 7), leaf(5, 7))),
         "log_likelihood": (ops.log_likelihood, (x, [logits], "bernoulli", [], mask)),
         "log_likelihood-K": (ops.log_likelihood, (x, [leaf(3, 5, 11)], "gaussian", [1.0, 0.0])),

@@ -129,8 +129,8 @@ def rsample_kl(
     return z, kl
 
 
-def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
-    kl: Tensor = _ops.kl_divergence.default(mu, logvar, *(prior or ()))
+def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None, mask: Tensor | None) -> Tensor:
+    kl: Tensor = _ops.kl_divergence.default(mu, logvar, *(prior or (None, None)), mask)
     return kl
 
 

@@ -97,13 +97,13 @@ def rsample_kl(
     sample_index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     z = rsample(mu, logvar, seed, num_samples, sample_offset, sample_index)
-    return z, kl_divergence(mu, logvar, None)
+    return z, kl_divergence(mu, logvar, None, None)
 
 
-def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None) -> Tensor:
+def kl_divergence(mu: Tensor, logvar: Tensor, prior: Prior | None, mask: Tensor | None) -> Tensor:
     if prior is None:
-        return _composite.rows((mu, logvar), "standard_kl", ())
-    return _composite.rows((mu, logvar, *prior), "normal_kl", ())
+        return _composite.rows((mu, logvar), "standard_kl", (), mask)
+    return _composite.rows((mu, logvar, *prior), "normal_kl", (), mask)
 
 
 def _check_domain(name: str, t: Tensor, domain: str, family: str, planes: int) -> None:

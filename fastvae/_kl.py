@@ -1,0 +1,55 @@
+"""Where the KL is summed, and what lies below it free of charge: views, for the one kernel."""
+
+import torch
+from torch import Tensor
+
+from fastvae._backends import Ops, Prior
+
+FREE_BITS_PER = ("dimension", "element", "sample", "batch")
+
+
+def divergence(
+    ops: Ops,
+    mu: Tensor,
+    logvar: Tensor,
+    prior: Prior | None,  # in mu's shape, as is the mask
+    mask: Tensor | None,
+    batch_dims: int = 1,
+    per: str = "sample",
+) -> Tensor:
+    """As `fastvae.kl_divergence`. The kernel sums along rows: [B, *event] to [B]."""
+    if prior is not None and (dtype := prior[0].dtype) != mu.dtype:
+        mu, logvar = mu.to(dtype), logvar.to(dtype)
+    batch, event = mu.shape[:batch_dims], mu.shape[batch_dims:]
+
+    def rows(t: Tensor) -> Tensor:
+        if per == "element":
+            return t.flatten()
+        if per == "dimension":
+            return t.reshape(batch.numel(), event.numel()).T
+        return t.flatten(0, batch_dims - 1) if batch_dims > 1 else t
+
+    of_prior = None if prior is None else (rows(prior[0]), rows(prior[1]))
+    of_mask = None if mask is None else rows(mask)
+    kl = ops.kl_divergence(rows(mu), rows(logvar), of_prior, of_mask)
+    if per == "element":
+        return kl.view(mu.shape)
+    if per == "dimension":
+        kept = max(batch.numel(), 1) if of_mask is None else of_mask.sum(1).clamp(min=1)
+        return (kl / kept).view(event)
+    return kl.view(batch) if batch_dims > 1 else kl
+
+
+def floored(kl: Tensor, floor: float, per: str, mask: Tensor | None = None) -> Tensor:
+    """Free bits of a KL per element, per dimension or, for the other two, per sample: [B], or the
+    batch's, []. What is masked out has none."""
+    if floor == 0:
+        return kl
+    if per == "batch":
+        return kl.mean().clamp(min=floor)
+    free = kl.clamp(min=floor)
+    if per == "sample":
+        return free
+    if mask is not None:
+        free = torch.where(mask.any(0) if per == "dimension" else mask, free, 0)
+    return free.sum() if per == "dimension" else free.flatten(1).sum(1) if kl.dim() > 1 else free
