@@ -87,7 +87,7 @@ def nvcc_of(torch) -> str | None:
 
 def architectures(nvcc: str, present: list[str]) -> list[str]:
     """Those asked for, as torch spells numbers ("8.0;9.0+PTX"), else ours that this nvcc knows, and
-    of the devices present those that run none of ours. A device runs its major's lower minors."""
+    of the devices present those of another major: a device runs its own major's lower minors."""
     asked = re.findall(r"[^ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     if unknown := [a for a in asked if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", a)]:
         fail(f"TORCH_CUDA_ARCH_LIST takes numbers, such as 9.0 or 9.0+PTX, and has {unknown[0]!r}.")
@@ -99,6 +99,15 @@ def architectures(nvcc: str, present: list[str]) -> list[str]:
     ours = [a for a in sorted(wanted, key=minor)
             if f"compute_{a.replace('.', '')}" in known.stdout.split()]  # fmt: skip
     return [*ours[:-1], f"{ours[-1]}+PTX"]
+
+
+def devices_of(torch) -> list[str]:
+    """The architectures of the devices here; none where CUDA doesn't start."""
+    try:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(count)]
+    except RuntimeError:
+        return []
 
 
 def targets(architectures: list[str]) -> list[str]:
@@ -138,9 +147,7 @@ def extension() -> dict:
         fail("the build tool `ninja` is missing: pip install ninja.")
 
     nvcc = nvcc_of(torch)
-    devices = range(torch.cuda.device_count()) if nvcc else ()
-    present = ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in devices]
-    archs = architectures(nvcc, present) if nvcc else []
+    archs = architectures(nvcc, devices_of(torch)) if nvcc else []
     with_cuda = [f'-DFASTVAE_CUDA="{" ".join(archs)}"'] if nvcc else []
 
     def device_code(index: int | None, folder: str) -> str:

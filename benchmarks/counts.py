@@ -7,10 +7,12 @@ writes it; `compile` is torch.compile of that.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--genes", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--out", type=Path, help="the figures as JSON")
     options = parser.parse_args()
     where = torch.cuda.get_device_name() if options.device == "cuda" else fastvae.backends()["cpp"]
     print(f"{where}; torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -57,6 +60,7 @@ def main() -> None:
         "negative_binomial": ["mean", "dispersion"],
         "zero_inflated_negative_binomial": ["mean", "dispersion", "zero_logits"],
     }
+    rows = []
     for family, needed in names.items():
         formula = plain.LOG_LIKELIHOODS[family]
         compiled = torch.compile(formula, dynamic=False)
@@ -90,6 +94,10 @@ def main() -> None:
             times = "".join(f"{t * 1e3:>8.2f} ms" for t in (a, b, c))
             ratios = [statistics.median(r[i] / r[0] for r in rounds) for i in (1, 2)]
             print(f"{family:34}{share:>6.0%}{times}{ratios[0]:>9.1f}{ratios[1]:>11.1f}")
+            seconds = {"fastvae": a, "eager": b, "compile": c}
+            rows.append({"family": family, "zeros": share, "seconds": seconds})
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Needs torch with CUDA, Triton, pytest, pytest-benchmark, hypothesis and a C++ compiler; no network.
 Every stage has a share of MINUTES and a log of its own; a stage that fails or runs out of time does
-not keep the next from running. Everything is left in one folder: $OUT, or build/gpu.
+not keep the next from running. Everything is left in one folder, $OUT or build/gpu, the figures in
+its summary.json.
 
     python benchmarks/first_gpu.py [--out FOLDER] [--rehearse]
 
@@ -137,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     print(json.dumps(machine := environment(), indent=1), flush=True)
     stages: list[Stage] = []
+    figures: dict[str, object] = {}
 
     def stage(name: str, *command: str, keep: float = 0.0, program: str = sys.executable) -> int:
         """Leaves the later stages `keep` seconds."""
@@ -146,7 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         whole = [program, *command] if program else [*command]
         stages.append(run(name, whole, out, left))
-        summary = {"machine": machine, "stages": [asdict(s) for s in stages]}
+        if (made := out / f"{name}.json").exists():
+            figures[name] = json.loads(made.read_text())
+        summary = {"machine": machine, "stages": [asdict(s) for s in stages], "figures": figures}
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         return stages[-1].code
 
@@ -166,7 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         xml = f"--junit-xml={out / f'tests-{name}.xml'}"
         stage(f"tests-{name}", *tests, "-k", chosen, xml, keep=keep + 60 * later)
     stage("graphs", "-m", "benchmarks.graphs", "--out", str(out / "graphs.json"))
-    stage("counts", "-m", "benchmarks.counts", "--device", "cuda")
+    for name in ("counts", "samplers"):
+        made = str(out / f"{name}.json")
+        stage(name, "-m", f"benchmarks.{name}", "--device", "cuda", "--out", made)
     trace = str(ROOT / "build" / "trace.json")
     stage("profile", "-m", "benchmarks.profile_gpu", "--out", trace)
     if sanitizer := shutil.which("compute-sanitizer"):

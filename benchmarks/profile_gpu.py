@@ -55,8 +55,8 @@ def rates(rows: Iterable[Row], shape: Sequence[int], dtype: torch.dtype) -> list
     m, n = (batch * columns * dtype.itemsize for columns in (latents, pixels))
     least = {
         "rowwise_kernel": 3 * n,  # logits, x; d_logits
-        "sample_kernel": 3 * m,  # mu, logvar; z
-        "sample_backward_kernel": 5 * m,  # dz, mu, logvar; d_mu, d_logvar
+        "sample(_stream)?_kernel": 3 * m,  # mu, logvar; z
+        "sample(_stream)?_backward_kernel": 5 * m,  # dz, mu, logvar; d_mu, d_logvar
         "elbo_reduce_kernel": None,  # a few numbers a sample
         "scale_grad_kernel": None,  # reads a factor a row, and no more where it is 1
     }
@@ -68,7 +68,8 @@ def rates(rows: Iterable[Row], shape: Sequence[int], dtype: torch.dtype) -> list
         took = sum(row.self_device_time_total for row in found) / STEPS
         rate = f"{traffic / took / 1e3:.0f}" if traffic and took else "-"
         calls = sum(row.count for row in found) / STEPS
-        lines.append(f"{kernel:24}{calls:8.1f}{took:12.1f}{rate:>8}")
+        name = kernel.replace("(_stream)?", "")
+        lines.append(f"{name:24}{calls:8.1f}{took:12.1f}{rate:>8}")
     return lines
 
 

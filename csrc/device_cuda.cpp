@@ -147,11 +147,17 @@ unsigned rowwise_cuda(const RowTask& task) {
   return 0;
 }
 
+// `draws`, of each sample: those that one thread has.
 template <class Args>
-void describe(const SampleTask& task, bool use_double, int64_t rows, Args& a) {
+void describe(const SampleTask& task, bool use_double, int64_t draws, Args& a) {
   a.batch = task.batch;
   a.cols = task.cols;
   a.use_double = use_double;
+  // Rows of 64 have counters of their own anyhow. The KL is summed by rows.
+  const int64_t per_sample = task.draws * task.cols;
+  if (!task.index && task.cols % 64 != 0 && draws == task.draws)
+    a.counters = (task.offset * per_sample % 64 + task.batch * per_sample + 63) / 64 * 16;
+  const int64_t rows = a.counters > 0 ? task.batch : task.batch * draws;
   a.split = cuda::deal(rows, task.cols % 64 == 0 ? task.cols / 4 : task.cols, 1);
   a.stream = {task.seed.const_data_ptr<int64_t>(), task.draws, task.offset,
               task.index && task.index->numel() ? task.index->const_data_ptr<int64_t>() : nullptr};
@@ -164,7 +170,7 @@ void sample_cuda(const SampleForward& task) {
   const c10::cuda::CUDAGuard device(task.z.device());
   const bool use_double = task.z.scalar_type() == at::kDouble;
   cuda::SampleArgs a{};
-  describe(task, use_double, task.batch * task.draws, a);
+  describe(task, use_double, task.draws, a);
   a.z = target(task.z, a.cols, use_double);
   Stages stages(a.split.splits, use_double);
   if (task.kl.defined()) a.kl = stages.of(task.kl);
@@ -177,7 +183,8 @@ void sample_backward_cuda(const SampleBackward& task) {
   const c10::cuda::CUDAGuard device(task.grad_mu.device());
   const bool use_double = task.grad_mu.scalar_type() == at::kDouble;
   cuda::SampleBackwardArgs a{};
-  describe(task, use_double, task.batch, a);
+  describe(task, use_double, 1, a);
+  if (!task.grad_z.storage.defined()) a.counters = 0;
   a.grad_z = source(task.grad_z, use_double);
   a.grad_kl = source(task.grad_kl, use_double);
   a.grad_mu = target(task.grad_mu, a.cols, use_double);

@@ -17,12 +17,14 @@ namespace py = pybind11;
 using Sample = std::tuple<Tensor, Tensor>;
 using Terms = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Whether there are kernels for CUDA tensors, which for Triton's Python says.
+bool triton_serves = false;  // CUDA tensors: Python says so
+
+bool is_served(const Tensor& t) {
 #if defined(FASTVAE_CUDA)
-bool serves_cuda = true;
-#else
-bool serves_cuda = false;
+  if (t.is_cuda() && cuda_serves(t.get_device())) return true;
 #endif
+  return t.is_cpu() || (t.is_cuda() && triton_serves);
+}
 
 // What these functions return where somebody else has to see the call (a subclass of Tensor, a
 // mode, a transform), where it is not the common one, and where an operator refuses it: None. The
@@ -37,8 +39,7 @@ Maybe<Result> attempt(std::initializer_list<py::handle> tensors, Fn&& call) {
     return std::nullopt;
   for (const py::handle t : tensors) {
     if (!THPVariable_CheckExact(t.ptr())) return std::nullopt;
-    const Tensor& tensor = THPVariable_Unpack(t.ptr());
-    if (!tensor.is_cpu() && !(serves_cuda && tensor.is_cuda())) return std::nullopt;
+    if (!is_served(THPVariable_Unpack(t.ptr()))) return std::nullopt;
   }
   try {
     const py::gil_scoped_release no_gil;
@@ -68,7 +69,11 @@ Maybe<Result> sample(py::handle mu, py::handle logvar, py::handle sample_offset)
     const Tensor &m = tensor(mu), &lv = tensor(logvar);
     // What would be refused must not move the generator.
     if (m.dim() == 0 || m.sizes() != lv.sizes() || m.scalar_type() != lv.scalar_type() ||
-        !m.is_floating_point())
+        m.device() != lv.device() || !m.is_floating_point())
+      return std::nullopt;
+    int64_t end = 0;
+    if (offset < 0 || __builtin_add_overflow(offset, m.size(0), &end) ||
+        __builtin_mul_overflow(end, product(m.sizes().slice(1)), &end))
       return std::nullopt;
     static const auto op = typed_op<Result(const Tensor&, const Tensor&, const Tensor&,
                                            std::optional<int64_t>, int64_t, const OptTensor&)>(
@@ -87,8 +92,9 @@ Maybe<Terms> elbo(py::handle x, py::handle recon, py::handle kl, const std::stri
   });
 }
 
-// Adds what Triton makes another kernel for: a tensor's dtype and alignment, an integer's width and
-// whether it is 1 or a multiple of 16. False: it isn't known what it would.
+// Adds what Triton makes another kernel for: a tensor's dtype, alignment and, on AMD's devices,
+// whether 32 bits reach its end; an integer's width and whether it is 1 or a multiple of 16. False:
+// it isn't known what it would.
 bool add_to_key(std::string& key, PyObject* value) {
   if (value == Py_None) {
     key += 'n';
@@ -110,6 +116,7 @@ bool add_to_key(std::string& key, PyObject* value) {
     key += 't';
     key += static_cast<char>('A' + static_cast<int>(t.scalar_type()));
     key += reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 ? '6' : '0';
+    key += t.storage().nbytes() < size_t{1} << 31 ? 's' : 'l';
   } else {
     return false;
   }
@@ -157,7 +164,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_serves", cuda_serves, py::arg("device"),
         "Whether the kernels in CUDA C++ were compiled for that device's architecture.");
 #endif
-  m.def("serve_cuda", [] { serves_cuda = true; }, "Triton has kernels for CUDA tensors.");
+  m.def("serve_cuda", [] { triton_serves = true; }, "Triton has kernels for CUDA tensors.");
   m.def(
       "launch_key", launch_key, py::arg("arguments"),
       "Differs wherever Triton compiles another kernel for a launch's arguments; None: not known.");

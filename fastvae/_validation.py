@@ -31,8 +31,6 @@ def check_beta(beta: object) -> Beta:
     of one element, whose value is read on CPU alone."""
     if type(beta) is float and 0.0 <= beta <= sys.float_info.max:
         return beta
-    if isinstance(beta, torch.SymFloat):
-        return cast(float, beta)
     if isinstance(beta, Tensor):
         check_floating("beta", beta)
         if beta.numel() != 1:
@@ -46,6 +44,8 @@ def check_beta(beta: object) -> Beta:
 
 def check_weight(name: str, value: object, or_else: str = "") -> float:
     """A number as a float; raises unless it is finite and ≥ 0."""
+    if isinstance(value, torch.SymFloat):
+        return cast(float, value)
     found = value if type(value) is float else number(name, value, or_else=or_else)
     if not 0.0 <= found <= sys.float_info.max:
         raise ValueError(f"{name} must be finite and ≥ 0, got {found}")

@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from fastvae import likelihoods
 from fastvae._backends import Ops, Terms, cpp, select
 from fastvae._backends._common import Beta
+from fastvae._backends.eager import combined
 from fastvae._kl import FREE_BITS_PER, divergence, floored
 from fastvae._latents import AnyPrior, Posterior, expand_prior, latent
 from fastvae._validation import (
@@ -248,6 +249,7 @@ class CallOptions(TypedDict, total=False):
     kl_mask: Tensor | None
     sample_weight: Tensor | None
     mask: Tensor | None
+    differentiable: bool
 
 
 class LossOptions(CallOptions, total=False):
@@ -298,6 +300,8 @@ def elbo_loss(
             weighted values.
         mask: as in `log_likelihood`; it concerns the reconstruction alone. A padded sequence wants
             both masks.
+        differentiable: of the terms, whether all three have a graph, as adaptive weights between
+            the terms need (the GAN of latent diffusion); else the loss alone has.
         inplace_backward: let the gradient overwrite recon, so that the loss takes no memory of the
             reconstruction's size. Only for a recon that nobody reads afterwards: it holds its
             gradient once the loss is computed, and an op that saved it for its own backward (a
@@ -312,7 +316,8 @@ def elbo_loss(
     Raises:
         ValueError, TypeError: as `log_likelihood` and `kl_divergence`; also for neither or both of
             kl and (mu, logvar), an unknown reduction or free_bits_per, a beta or free_bits that is
-            not finite and ≥ 0, free bits per dimension or element of a `kl`; with
+            not finite and ≥ 0, free bits per dimension or element of a `kl`, both differentiable
+            and inplace_backward; with
             inplace_backward, a recon that is a leaf, not contiguous, or in memory that another
             argument uses.
     """
@@ -330,8 +335,7 @@ def elbo_terms(
 
     Returns:
         (loss, log_likelihood, kl), all reduced alike, so that loss = beta · kl − log_likelihood;
-        the last two are detached, for logging: what has a gradient of its own are `log_likelihood`
-        and `kl_divergence`.
+        the last two are detached, for logging, unless ``differentiable=True``.
     """
     return evaluate(recon, x, mu, logvar, **options)[0]
 
@@ -354,6 +358,7 @@ def evaluate(
     kl_mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
+    differentiable: bool = False,
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> tuple[Terms, Tensor, Tensor]:
@@ -363,7 +368,7 @@ def evaluate(
     beta = check_beta(beta)
     floor = check_weight("free_bits", free_bits)
     common = mu is None and logvar is None and std is None and log_std is None and prior is None
-    common = common and mask is None and kl_mask is None and floor == 0
+    common = common and mask is None and kl_mask is None and floor == 0 and not differentiable
     common = common and sample_weight is None and not inplace_backward and backend == "auto"
     common = common and type(beta) is float
     if common and family.as_given and not is_compiling():
@@ -404,6 +409,11 @@ def evaluate(
         kl = divergence(ops, mean, logvar, expanded, kept, 1, per)
         kl = floored(kl, floor, free_bits_per, kept)
     kl = kl.expand(x.shape[:1]) if kl.dim() == 0 else kl
+    if differentiable:
+        if inplace_backward:
+            raise ValueError("give either differentiable or inplace_backward, got both")
+        rows = ops.log_likelihood(x, params, family, mask)
+        return combined(rows, kl, weight, beta, reduction), rows.detach(), kl
     terms, rows = ops.elbo(x, params, kl, family, mask, weight, beta, reduction, inplace_backward)
     return terms, rows, kl
 

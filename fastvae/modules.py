@@ -92,7 +92,7 @@ class ELBOLoss(nn.Module):
         """The loss, in nats; arguments, shapes and errors as in `fastvae.elbo_loss`.
 
         With ``return_terms=True`` (loss, log_likelihood, kl), reduced alike; the last two are
-        detached, for logging.
+        detached, for logging, unless ``differentiable=True``.
         """
         terms, rows, kl_rows = evaluate(
             recon, x, mu, logvar, likelihood=self.likelihood, beta=self.beta,

@@ -11,13 +11,17 @@ import numbers
 __all__ = ["Cyclical", "Linear", "Sigmoid"]
 
 
-def _check(name: str, value: object, least: float, *, above: bool = False) -> None:
+def _number(name: str, value: object, least: float, *, above: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
-    if not math.isfinite(number) or number < least or (above and number == least):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not least <= number < math.inf or (above and number == least):
         what = "above" if above else "at least"
         raise ValueError(f"{name} must be finite and {what} {least:g}, got {value}")
+    return number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +30,12 @@ class _Schedule:
     stop: float = 1.0
 
     def __post_init__(self) -> None:
-        _check("start", self.start, 0)
-        _check("stop", self.stop, 0)
+        self._keep("start", 0)
+        self._keep("stop", 0)
+
+    def _keep(self, name: str, least: float, *, above: bool = False) -> None:
+        """Checked, and as a float: numpy's integers wrap around."""
+        object.__setattr__(self, name, _number(name, getattr(self, name), least, above=above))
 
     def _at(self, part: float) -> float:
         """`start` at 0, `stop` at 1, exactly."""
@@ -57,12 +65,12 @@ class Linear(_Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("steps", self.steps, 0, above=True)
-        _check("delay", self.delay, 0)
+        self._keep("steps", 0, above=True)
+        self._keep("delay", 0)
 
     def __call__(self, step: float) -> float:
-        _check("step", step, 0)
-        return self._at(min(max((step - self.delay) / self.steps, 0.0), 1.0))
+        risen = (_number("step", step, 0) - self.delay) / self.steps
+        return self._at(min(max(risen, 0.0), 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Cyclical(_Schedule):
     of each period, stays at `stop` for the rest, and begins again.
 
     Args:
-        period: steps in a cycle, above 0: T / M in the paper, whose default M is 4.
+        period: steps in a cycle, above 0: T / M, rounded up, in the paper, whose default M is 4.
         rise: the share of a period in which β rises, in (0, 1]: R in the paper.
         cycles: after so many β stays at `stop`; None: they never end.
         start: β at the beginning of a cycle, at least 0.
@@ -84,22 +92,23 @@ class Cyclical(_Schedule):
 
     period: float
     rise: float = 0.5
-    cycles: int | None = None
+    cycles: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("period", self.period, 0, above=True)
-        _check("rise", self.rise, 0, above=True)
+        self._keep("period", 0, above=True)
+        self._keep("rise", 0, above=True)
         if self.rise > 1:
             raise ValueError(f"rise must be at most 1, got {self.rise}")
         if self.cycles is not None:
-            _check("cycles", self.cycles, 1)
+            self._keep("cycles", 1)
 
     def __call__(self, step: float) -> float:
-        _check("step", step, 0)
-        if self.cycles is not None and step >= self.cycles * self.period:
+        cycle = _number("step", step, 0) / self.period
+        begun = math.floor(cycle + 1e-9)  # 0.3 / 0.1 is a little less than 3
+        if self.cycles is not None and begun >= self.cycles:
             return self._at(1.0)
-        return self._at(min(math.fmod(step, self.period) / (self.rise * self.period), 1.0))
+        return self._at(min(max(cycle - begun, 0.0) / self.rise, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +132,10 @@ class Sigmoid(_Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("midpoint", self.midpoint, 0)
-        _check("width", self.width, 0, above=True)
+        self._keep("midpoint", 0)
+        self._keep("width", 0, above=True)
 
     def __call__(self, step: float) -> float:
-        _check("step", step, 0)
+        away = _number("step", step, 0) - self.midpoint
         # σ(t) = ½ (1 + tanh(t / 2)) overflows nowhere.
-        return self._at(0.5 + 0.5 * math.tanh((step - self.midpoint) / (2 * self.width)))
+        return self._at(0.5 + 0.5 * math.tanh(away / (2 * self.width)))

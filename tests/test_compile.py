@@ -169,7 +169,7 @@ def test_evaluation_and_annealing_compile() -> None:
     model.criterion.beta = torch.tensor(0.0)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for number in range(7):  # a number for beta would be a constant of the graph
+    for number in range(7):  # a number for beta would be compiled once more
         model.criterion.beta = torch.tensor(beta(number))
         for got, want in zip(step(compiled, model, x, 3), step(model, model, x, 3), strict=True):
             torch.testing.assert_close(got, want)

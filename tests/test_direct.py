@@ -50,6 +50,16 @@ def test_direct_calls_equal_the_operators(offset: int) -> None:
     assert elbo(x, logits, mu.sum(1)) is not None
 
 
+@pytest.mark.parametrize("offset", [-1, 2**62, 2**63 - 1])
+def test_a_refused_call_does_not_move_the_generator(offset: int) -> None:
+    mu, logvar = tensors()[2:]
+    before = torch.get_rng_state()
+    for function in (fastvae.rsample, fastvae.rsample_kl):
+        with pytest.raises(ValueError, match="sample_offset"):
+            function(mu, logvar, sample_offset=offset)
+    assert torch.get_rng_state().equal(before)
+
+
 class Subclass(Tensor):
     pass
 

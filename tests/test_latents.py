@@ -407,6 +407,39 @@ def test_bad_free_bits() -> None:
         fastvae.ELBOLoss(free_bits="1")  # type: ignore[arg-type]
 
 
+# ------------------------------------------------------------------ terms with a graph of their own
+
+
+@pytest.mark.parametrize("draws", [None, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_differentiable_terms(draws: int | None, reduction: str, quick_backend: str) -> None:
+    x, weight = torch.rand(4, 5), torch.rand(4)
+    logits = torch.randn(*([draws] if draws else []), 4, 5, requires_grad=True)
+    latent = [t.requires_grad_() for t in latents((4, 3), torch.float32)]
+    criterion = fastvae.ELBOLoss("bernoulli", 0.7, reduction, backend=quick_backend)
+    given = {"sample_weight": weight}
+    plain = criterion.terms(logits, x, *latent, **given)
+    terms = criterion.terms(logits, x, *latent, **given, differentiable=True)
+    torch.testing.assert_close(terms, plain)
+    assert not plain.kl.requires_grad and not plain.log_likelihood.requires_grad
+
+    def slopes(of: Tensor, by: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(of.sum(), by, retain_graph=True)
+
+    of_ll, of_kl = slopes(terms.log_likelihood, [logits]), slopes(terms.kl, latent)
+    torch.testing.assert_close(tuple(-g for g in of_ll), slopes(plain.loss, [logits]))
+    torch.testing.assert_close(tuple(0.7 * g for g in of_kl), slopes(plain.loss, latent))
+    torch.testing.assert_close(
+        slopes(terms.loss, [logits, *latent]), slopes(plain.loss, [logits, *latent])
+    )
+
+
+def test_differentiable_terms_overwrite_nothing() -> None:
+    criterion = fastvae.ELBOLoss(inplace_backward=True)
+    with pytest.raises(ValueError, match="either differentiable or inplace_backward"):
+        criterion.terms(*torch.rand(2, 2, 3), kl=torch.ones(2), differentiable=True)
+
+
 # ----------------------------------------------------------------------------------------- compiled
 
 

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,27 @@ def test_sigmoid() -> None:
     assert Sigmoid(10, 1, start=1, stop=3)(10) == 2
 
 
+def test_a_period_that_is_no_binary_fraction() -> None:
+    """0.3 / 0.1 and 100 / (100 / 3) are less than 3."""
+    assert [Cyclical(0.1)(s) for s in (0.1, 0.2, 0.3, 0.7, 1.0)] == [0] * 5
+    assert Cyclical(100 / 3)(100) == 0 and Cyclical(0.1, cycles=3)(0.3) == 1
+
+
+def test_numpy_s_numbers_do_not_wrap_around() -> None:
+    assert Linear(10, delay=10)(np.uint8(5)) == 0
+    assert Linear(1000, delay=300)(np.uint8(3)) == 0
+    assert Sigmoid(2500, 400)(np.uint32(5)) == Sigmoid(2500, 400)(5)
+    assert Cyclical(np.int8(100), cycles=np.int8(4))(3) == 0.06
+    assert type(Linear(np.float32(10))(np.float32(5))) is float
+
+
+@each
+def test_compiled_with_the_step_as_an_argument(schedule: Any) -> None:
+    compiled = torch.compile(lambda x, step: x * schedule(step), backend="eager")
+    for step in range(5):
+        torch.testing.assert_close(compiled(torch.ones(1), step), torch.ones(1) * schedule(step))
+
+
 @each
 def test_stays_between_its_ends_and_keeps_no_state(schedule: Any) -> None:
     values = [schedule(s / 2) for s in range(300)]
@@ -80,6 +102,7 @@ def test_a_loss_takes_it(schedule: Callable[[int], float]) -> None:
         (lambda: Linear(3, delay=-1), ValueError, "delay must be finite and at least 0, got -1"),
         (lambda: Linear(3, start=-1), ValueError, "start must be finite and at least 0, got -1"),
         (lambda: Linear(3, stop=math.nan), ValueError, "stop must be finite and at least 0"),
+        (lambda: Linear(3)(10**400), ValueError, "step must be finite and at least 0, got 1000"),
         (lambda: Linear(3)(-1), ValueError, "step must be finite and at least 0, got -1"),
         (lambda: Linear(3)(None), TypeError, "step must be a number, got NoneType"),  # type: ignore[arg-type]
         (lambda: Cyclical(-2), ValueError, "period must be finite and above 0, got -2"),

@@ -146,6 +146,20 @@ def test_with_another_torch_the_eager_backend_serves(version: str) -> None:
     assert warned.endswith(f"UserWarning: fastvae: {detail}; using the eager backend")
 
 
+def test_a_device_that_cannot_start_does_not_end_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices_of = setup()["devices_of"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6 + 3 * index))
+    assert devices_of(torch) == ["8.6", "8.9"]
+
+    def too_old(index: int) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", too_old)
+    assert devices_of(torch) == []
+
+
 @pytest.mark.parametrize(
     ("present", "expected"),
     [

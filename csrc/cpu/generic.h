@@ -66,8 +66,12 @@ struct Lanes {
 #endif
   }
 
-  friend FASTVAE_INLINE Lanes operator+(const Lanes& a, const Lanes& b) { return a.v + b.v; }
-  friend FASTVAE_INLINE Lanes operator-(const Lanes& a, const Lanes& b) { return a.v - b.v; }
+  friend FASTVAE_INLINE Lanes operator+(const Lanes& a, const Lanes& b) {
+    return modular(a, b, [](const auto& x, const auto& y) { return x + y; });
+  }
+  friend FASTVAE_INLINE Lanes operator-(const Lanes& a, const Lanes& b) {
+    return modular(a, b, [](const auto& x, const auto& y) { return x - y; });
+  }
   friend FASTVAE_INLINE Lanes operator*(const Lanes& a, const Lanes& b) { return a.v * b.v; }
   friend FASTVAE_INLINE Lanes operator/(const Lanes& a, const Lanes& b) { return a.v / b.v; }
   friend FASTVAE_INLINE Lanes operator<<(const Lanes& a, const Lanes& b) { return a.v << b.v; }
@@ -112,6 +116,16 @@ struct Lanes {
   }
 
  private:
+  // Integers that wrap around, as those of instructions do.
+  template <class Fn>
+  static FASTVAE_INLINE Lanes modular(const Lanes& a, const Lanes& b, const Fn& fn) {
+    if constexpr (std::is_integral_v<T>) {
+      using Unsigned [[gnu::vector_size(16)]] = std::make_unsigned_t<T>;
+      return std::bit_cast<Values>(fn(std::bit_cast<Unsigned>(a.v), std::bit_cast<Unsigned>(b.v)));
+    } else {
+      return fn(a.v, b.v);
+    }
+  }
   template <class Fn>
   static FASTVAE_INLINE Lanes each(const Fn& fn) {
     Values out{};
@@ -173,13 +187,19 @@ FASTVAE_INLINE I32 convert_to_int_of_same_size(const F32& x) {
 }
 
 // (a0 a1 a2 a3), (b0 b1 b2 b3) to and from (a0 b0 a1 b1), (a2 b2 a3 b3).
+template <int i, int j, int k, int l>
+FASTVAE_INLINE F32 shuffled(const F32& a, const F32& b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a.v, b.v, i, j, k, l);
+#else  // g++ has the other since 12
+  return __builtin_shuffle(a.v, b.v, F32::Bits{i, j, k, l});
+#endif
+}
 FASTVAE_INLINE std::pair<F32, F32> interleave2(const F32& a, const F32& b) {
-  return {__builtin_shufflevector(a.v, b.v, 0, 4, 1, 5),
-          __builtin_shufflevector(a.v, b.v, 2, 6, 3, 7)};
+  return {shuffled<0, 4, 1, 5>(a, b), shuffled<2, 6, 3, 7>(a, b)};
 }
 FASTVAE_INLINE std::pair<F32, F32> deinterleave2(const F32& a, const F32& b) {
-  return {__builtin_shufflevector(a.v, b.v, 0, 2, 4, 6),
-          __builtin_shufflevector(a.v, b.v, 1, 3, 5, 7)};
+  return {shuffled<0, 2, 4, 6>(a, b), shuffled<1, 3, 5, 7>(a, b)};
 }
 
 }  // namespace generic

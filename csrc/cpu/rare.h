@@ -44,7 +44,7 @@ class RareLanes {
 
   // Finds where x is a small count and where a large one.
   FASTVAE_INLINE Counts pack(const Pointers<F, T, T, T>& t, int64_t n) {
-    const V zero(T(0)), limit(T(F::rare_limit));
+    const V zero = num<V>(0), limit = num<V>(F::rare_limit);
     Counts found{};
     for_vectors<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
       const V x = V::loadu(t.x + i, count);  // 0 behind a partial vector

@@ -83,6 +83,11 @@ int64_t blocks_of(const cuda::Split& s, int64_t rows) {
   return ceil_div(rows * s.splits, block_threads / s.lanes);
 }
 
+// Of threads that go on to a next counter where there are too many.
+int64_t stream_blocks(int64_t counters) {
+  return std::min(ceil_div(counters, block_threads), 4 * cuda::enough_blocks);
+}
+
 }  // namespace
 
 namespace cuda {
@@ -111,9 +116,11 @@ Split deal_columns(int64_t rows, int64_t cols, int64_t per_thread, int64_t& at_o
 
 bool run_here() {
   cudaFuncAttributes attributes;
-  const bool here = cudaFuncGetAttributes(&attributes, elbo_reduce_kernel) == cudaSuccess;
-  if (!here) (void)cudaGetLastError();  // nobody else is to find it
-  return here;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, elbo_reduce_kernel);
+  if (error != cudaSuccess) (void)cudaGetLastError();  // nobody else is to find it
+  // What else can go wrong the first launch will say.
+  return error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction &&
+         error != cudaErrorUnsupportedPtxVersion;
 }
 
 void rowwise(const RowwiseArgs& a, cudaStream_t stream) {
@@ -127,6 +134,10 @@ void rowwise(const RowwiseArgs& a, cudaStream_t stream) {
 void sample(const SampleArgs& a, cudaStream_t stream) {
   const bool whole = a.cols % philox_block == 0;
   const auto run = [&]<class T>(T) {
+    if (a.counters > 0)
+      return launch(sample_stream_kernel<T>,
+                    std::max(stream_blocks(a.counters), blocks_of(a.split, a.kl ? a.batch : 0)),
+                    stream, a);
     launch(whole ? sample_kernel<T, true> : sample_kernel<T, false>,
            blocks_of(a.split, a.batch * a.stream.num_samples), stream, a);
   };
@@ -136,6 +147,8 @@ void sample(const SampleArgs& a, cudaStream_t stream) {
 void sample_backward(const SampleBackwardArgs& a, cudaStream_t stream) {
   const bool whole = a.cols % philox_block == 0;
   const auto run = [&]<class T>(T) {
+    if (a.counters > 0)
+      return launch(sample_stream_backward_kernel<T>, stream_blocks(a.counters), stream, a);
     launch(whole ? sample_backward_kernel<T, true> : sample_backward_kernel<T, false>,
            blocks_of(a.split, a.batch), stream, a);
   };

@@ -64,8 +64,9 @@ struct StreamArgs {
   const int64_t* sample_index;  // null: none
 };
 
+// `counters`: of how many the normals are drawn in the order of the stream; 0: row by row.
 struct SampleArgs {
-  int64_t batch, cols;
+  int64_t batch, cols, counters;
   bool use_double;
   Split split;
   StreamArgs stream;
@@ -75,7 +76,7 @@ struct SampleArgs {
 };
 
 struct SampleBackwardArgs {
-  int64_t batch, cols;
+  int64_t batch, cols, counters;
   bool use_double;
   Split split;
   StreamArgs stream;

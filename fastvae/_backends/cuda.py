@@ -47,13 +47,10 @@ def status() -> Backend:
     built = f"CUDA C++ for {_C.build_info()['cuda']}"
     if not torch.cuda.is_available():
         return Backend(False, f"{built} is here, but no CUDA device")
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    refusals = {str(device): refusal(device) for device in devices}
-    if all(refusals.values()):
-        return Backend(False, f"{refusals['cuda:0']} (CUDA tensors use Triton)")
-    others = [name for name, reason in refusals.items() if reason is not None]
-    but = f", but those on {', '.join(others)}, which Triton serves" if others else ""
-    return Backend(True, f"{built}, CUDA tensors{but}")
+    # The current one: asking another takes memory there.
+    if (reason := refusal(torch.device("cuda", torch.cuda.current_device()))) is not None:
+        return Backend(False, f"{reason} (its tensors use Triton)")
+    return Backend(True, f"{built}, CUDA tensors")
 
 
 draw_seed = cpp.draw_seed

@@ -179,6 +179,12 @@ def elbo(
     inplace_backward: bool,  # autograd keeps what it keeps
 ) -> tuple[Terms, Tensor]:
     rows = log_likelihood(x, params, likelihood, mask)
+    terms = combined(rows, kl, weight, beta, reduction)
+    return Terms(terms.loss, terms.log_likelihood.detach(), terms.kl.detach()), rows.detach()
+
+
+def combined(rows: Tensor, kl: Tensor, weight: Tensor | None, beta: Beta, reduction: str) -> Terms:
+    """Loss and parts, each with a graph, from ln p of each row, [B] or [K, B], and the KL."""
     ll = rows.mean(0) if rows.dim() == 2 else rows
     kl = kl.to(torch.promote_types(kl.dtype, ll.dtype))
     # Autograd would multiply an infinite KL's gradient by 0: at β = 0 the KL stays out of the
@@ -188,15 +194,13 @@ def elbo(
         loss = -ll
     else:
         loss = times_beta(kl, beta) - ll
-    parts = (loss, ll.detach(), kl.detach())
+    parts = [loss, ll, kl]
     if weight is not None:
-        weight = weight.to(loss.dtype)
-        fixed = weight.detach()
-        parts = (loss * weight, parts[1] * fixed, parts[2] * fixed)
+        parts = [part * weight.to(loss.dtype) for part in parts]
     if reduction != "none":
-        count = max(x.shape[0], 1) if reduction == "mean" else 1
-        parts = (parts[0].sum() / count, parts[1].sum() / count, parts[2].sum() / count)
-    return Terms(*parts), rows.detach()
+        count = max(kl.shape[0], 1) if reduction == "mean" else 1
+        parts = [part.sum() / count for part in parts]
+    return Terms(*parts)
 
 
 def count_nonfinite(state: Tensor, rows: Tensor, kl: Tensor, weight: Tensor | None = None) -> None:

@@ -66,13 +66,14 @@ class Artefact:
 
     @property
     def over_tiles(self) -> bool:
-        return self.kernel != "sample_backward_kernel"  # its loop is over the draws
+        # One's loop is over the draws, the other's over the KL alone.
+        return self.kernel not in ("sample_backward_kernel", "sample_stream_kernel")
 
     @property
     def elements(self) -> int:
         """Per thread and tile."""
         c = self.constexprs
-        tile: int = c["R"] * c["C"] if "C" in c else c["BLOCK"]
+        tile: int = c["BLOCK"] if "BLOCK" in c else 4 * c["T"] if "T" in c else c["R"] * c["C"]
         return max(tile // THREADS, 1)
 
     def accesses(self, instructions: list[Instruction]) -> Counter[tuple[str, int]]:

@@ -107,7 +107,8 @@ def _options_of(device: int) -> dict[str, Any]:
 _NVIDIA = options(32)
 
 
-# What Triton compiled, by what it would look at: its own look takes longer than the launch.
+# What Triton compiled, by what it would look at: its own look takes longer than the launch. What
+# it looks at besides (hooks before a run, knobs for debugging) counts at a kernel's first launch.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 

@@ -29,6 +29,15 @@ def words(seed, counter):
 
 
 @triton.jit
+def four_normals(seed, counter):
+    """All that a counter has."""
+    w0, w1, w2, w3 = words(seed, counter)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
 def columns(start, TILE: tl.constexpr, FOUR: tl.constexpr):
     """The columns from `start` that `normals` fills, as a tuple of vectors.
 
@@ -51,11 +60,7 @@ def normals(seed, row, start, TILE: tl.constexpr, FOUR: tl.constexpr):
     counter, and uses one of its normals.
     """
     if FOUR:
-        lane = tl.arange(0, TILE // 4)[None, :]
-        w0, w1, w2, w3 = words(seed, (row + start) // 4 + lane)
-        n0, n1 = box_muller(w0, w1)
-        n2, n3 = box_muller(w2, w3)
-        return n0, n1, n2, n3
+        return four_normals(seed, (row + start) // 4 + tl.arange(0, TILE // 4)[None, :])
     else:
         i = row + start + tl.arange(0, TILE)[None, :]
         w0, w1, w2, w3 = words(seed, (i >> 6 << 4) | (i & 15))

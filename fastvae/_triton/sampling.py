@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from fastvae._triton.formulas.latent import sample, sample_dlogvar, standard_kl
 from fastvae._triton.launch import TILE, cdiv, compute_type, index_type, launch, splits, tile_shape
-from fastvae._triton.philox import columns, normals
+from fastvae._triton.philox import columns, four_normals, normals
 
 
 @triton.jit
@@ -72,6 +74,131 @@ def sample_kernel(
                 total += tl.where(valid, v, 0.0)
     if kl is not None:
         tl.store(kl + row * splits + split, tl.sum(total, 1, keep_dims=True), mask=row < batch)
+
+
+@triton.jit
+def stream_elements(program, T: tl.constexpr, INDEX: tl.constexpr, first, count, cols):
+    """Of this program's counters of a stream in which row follows row: their numbers, and of the
+    four elements of each the place behind element `first`, the row, the column and whether it is
+    one of the `count`."""
+    lane = program.to(INDEX) * T + tl.arange(0, T)
+    at = lane // 16 * 64 + lane % 16 - (first % 64).to(INDEX)
+    elements = ()
+    for j in tl.static_range(4):
+        inside = (at + 16 * j >= 0) & (at + 16 * j < count)
+        place = tl.where(inside, at + 16 * j, 0)
+        row = place // cols
+        elements = elements + ((place, row, place - row * cols, inside),)
+    return first // 64 * 16 + lane, elements
+
+
+@triton.jit(do_not_specialize=["batch", "sample_offset", "splits", "row_programs"])
+def sample_stream_kernel(
+    mu,
+    logvar,
+    mu_stride,
+    logvar_stride,
+    seed,
+    z,
+    kl,  # [batch, splits], or None
+    cols,
+    batch,
+    num_samples,
+    sample_offset,
+    chunk,
+    splits,
+    row_programs,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    MU_COL: tl.constexpr,
+    LOGVAR_COL: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """sample_kernel where there is no sample_index: T counters serve four elements each, wherever
+    rows end. The KL is then summed row by row."""
+    program = tl.program_id(0)
+    first = sample_offset.to(tl.int64) * num_samples * cols
+    count = batch.to(INDEX) * num_samples * cols
+    counter, elements = stream_elements(program, T, INDEX, first, count, cols)
+    eps = four_normals(tl.load(seed), counter)
+    for j in tl.static_range(4):
+        row, col, inside = elements[j][1], elements[j][2], elements[j][3]
+        b = row // num_samples
+        m = tl.load(mu + b * mu_stride + col * MU_COL, mask=inside, other=0.0).to(COMPUTE)
+        lv = tl.load(logvar + b * logvar_stride + col * LOGVAR_COL, mask=inside, other=0.0)
+        drawn = sample(m, lv.to(COMPUTE), eps[j].to(COMPUTE))
+        out = ((row - b * num_samples) * batch + b) * cols + col
+        tl.store(z + out, drawn.to(z.dtype.element_ty), mask=inside)
+    if kl is not None:
+        split = (program % splits).to(INDEX)
+        row = ((program // splits).to(INDEX) * R + tl.arange(0, R))[:, None]
+        in_rows = row < batch
+        end = tl.where(program < row_programs * splits, cols, 0)
+        total = tl.zeros((R, C), COMPUTE)
+        for start in range(split * chunk, tl.minimum(split * chunk + chunk, end), C):
+            col = (start + tl.arange(0, C))[None, :]
+            valid = in_rows & (col < cols)
+            m = tl.load(mu + row * mu_stride + col * MU_COL, mask=valid, other=0.0).to(COMPUTE)
+            lv = tl.load(logvar + row * logvar_stride + col * LOGVAR_COL, mask=valid, other=0.0)
+            v, _ = standard_kl((m, lv.to(COMPUTE)), ())
+            total += tl.where(valid, v, 0.0)
+        tl.store(kl + row * splits + split, tl.sum(total, 1, keep_dims=True), mask=in_rows)
+
+
+@triton.jit
+def with_kl(g_mu, g_logvar, mu, logvar, w):
+    """The gradients with the KL's, which is w upstream."""
+    _, d = standard_kl((mu, logvar), ())
+    some = w != 0.0  # not 0 · ∞: β may be 0 where the KL is infinite
+    w += tl.zeros_like(mu)
+    return tl.where(some, tl.fma(w, d[0], g_mu), g_mu), tl.where(
+        some, tl.fma(w, d[1], g_logvar), g_logvar
+    )
+
+
+@triton.jit(do_not_specialize=["batch", "sample_offset"])
+def sample_stream_backward_kernel(
+    grad_z,  # [batch, cols]
+    grad_kl,  # [batch], or None
+    mu,
+    logvar,
+    grad_z_stride,
+    grad_kl_stride,
+    mu_stride,
+    logvar_stride,
+    seed,
+    grad_mu,
+    grad_logvar,
+    cols,
+    batch,
+    sample_offset,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    GRAD_Z_COL: tl.constexpr,
+    MU_COL: tl.constexpr,
+    LOGVAR_COL: tl.constexpr,
+    T: tl.constexpr,
+):
+    """sample_backward_kernel of one draw, as sample_stream_kernel draws it."""
+    first = sample_offset.to(tl.int64) * cols
+    count = batch.to(INDEX) * cols
+    counter, elements = stream_elements(tl.program_id(0), T, INDEX, first, count, cols)
+    eps = four_normals(tl.load(seed), counter)
+    for j in tl.static_range(4):
+        at, row, col, inside = elements[j]
+        g = tl.load(grad_z + row * grad_z_stride + col * GRAD_Z_COL, mask=inside, other=0.0)
+        lv = tl.load(logvar + row * logvar_stride + col * LOGVAR_COL, mask=inside, other=0.0)
+        g_mu = g.to(COMPUTE)
+        lv = lv.to(COMPUTE)
+        g_logvar = sample_dlogvar(lv, eps[j].to(COMPUTE) * g_mu)
+        if grad_kl is not None:
+            m = tl.load(mu + row * mu_stride + col * MU_COL, mask=inside, other=0.0).to(COMPUTE)
+            w = tl.load(grad_kl + row * grad_kl_stride, mask=inside, other=0.0).to(COMPUTE)
+            g_mu, g_logvar = with_kl(g_mu, g_logvar, m, lv, w)
+        tl.store(grad_mu + at, g_mu.to(grad_mu.dtype.element_ty), mask=inside)
+        tl.store(grad_logvar + at, g_logvar.to(grad_logvar.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["batch", "num_samples", "sample_offset", "splits"])
@@ -143,13 +270,19 @@ def sample_backward_kernel(
         if grad_kl is not None:
             m = tl.load(mu + row * mu_stride + col * MU_COL, mask=valid, other=0.0).to(COMPUTE)
             w = tl.load(grad_kl + row * grad_kl_stride, mask=in_rows, other=0.0).to(COMPUTE)
-            _, d = standard_kl((m, lv), ())
-            some = w != 0.0  # not 0 · ∞: β may be 0 where the KL is infinite
-            g_mu = tl.where(some, tl.fma(w + tl.zeros_like(m), d[0], g_mu), g_mu)
-            g_logvar = tl.where(some, tl.fma(w + tl.zeros_like(m), d[1], g_logvar), g_logvar)
+            g_mu, g_logvar = with_kl(g_mu, g_logvar, m, lv, w)
         out = row * cols + col
         tl.store(grad_mu + out, g_mu.to(grad_mu.dtype.element_ty), mask=valid)
         tl.store(grad_logvar + out, g_logvar.to(grad_logvar.dtype.element_ty), mask=valid)
+
+
+STREAM_TILE = 256  # counters
+
+
+def stream_programs(rows: int, cols: int, first_row: int) -> int:
+    """How many programs draw those rows of the stream."""
+    blocks = cdiv(first_row * cols % 64 + rows * cols, 64)
+    return cdiv(16 * blocks, STREAM_TILE)
 
 
 def latent_tile(mu: Tensor, cols: int) -> tuple[bool, int, int]:
@@ -173,38 +306,37 @@ def sample_forward(
 ) -> None:
     """Fills z and kl."""
     rows, cols = z.shape
+    batch = mu.shape[0]
+    streams = cols % 64 != 0 and sample_index is None
     four, height, width = latent_tile(mu, cols)
-    row_programs = cdiv(rows, height)
+    row_programs = cdiv(batch if streams else rows, height)
     split, chunk = splits(row_programs, cols, width)
     parts = kl
     if kl is not None and split > 1:
         parts = kl.new_empty(len(kl), split)
-    launch(
-        sample_kernel,
-        row_programs * split,
-        mu,
-        logvar,
-        mu.stride(0),
-        logvar.stride(0),
-        seed,
-        z,
-        parts,
-        rows,
-        cols,
-        mu.shape[0],
-        num_samples,
-        sample_offset,
-        sample_index,
-        chunk,
-        split,
-        COMPUTE=compute_type(mu.dtype),
-        INDEX=index_type(mu, logvar, z, beyond=cols + chunk),
-        MU_COL=mu.stride(1),
-        LOGVAR_COL=logvar.stride(1),
-        FOUR=four,
-        R=height,
-        C=width,
-    )
+    common: dict[str, Any] = {
+        "COMPUTE": compute_type(mu.dtype),
+        "INDEX": index_type(mu, logvar, z, beyond=cols + chunk),
+        "MU_COL": mu.stride(1),
+        "LOGVAR_COL": logvar.stride(1),
+    }
+    strides = (mu.stride(0), logvar.stride(0))
+    draws = (batch, num_samples, sample_offset)
+    if streams:
+        kl_programs = row_programs * split if kl is not None else 0
+        launch(
+            sample_stream_kernel,
+            max(stream_programs(rows, cols, sample_offset * num_samples), kl_programs),
+            *(mu, logvar, *strides, seed, z, parts, cols, *draws, chunk, split, row_programs),
+            **common, T=STREAM_TILE, R=height, C=width,
+        )  # fmt: skip
+    else:
+        launch(
+            sample_kernel,
+            row_programs * split,
+            *(mu, logvar, *strides, seed, z, parts, rows, cols, *draws, sample_index, chunk, split),
+            **common, FOUR=four, R=height, C=width,
+        )  # fmt: skip
     if kl is not None and parts is not None and parts is not kl:
         torch.sum(parts, 1, out=kl)
 
@@ -223,6 +355,32 @@ def sample_backward(
 ) -> None:
     """Fills grad_mu and grad_logvar. A program has one tile, and loops over the draws."""
     batch, cols = grad_mu.shape
+    if grad_z is not None and num_samples == 1 and cols % 64 != 0 and sample_index is None:
+        launch(
+            sample_stream_backward_kernel,
+            stream_programs(batch, cols, sample_offset),
+            grad_z,
+            grad_kl,
+            mu,
+            logvar,
+            grad_z.stride(0),
+            0 if grad_kl is None else grad_kl.stride(0),
+            mu.stride(0),
+            logvar.stride(0),
+            seed,
+            grad_mu,
+            grad_logvar,
+            cols,
+            batch,
+            sample_offset,
+            COMPUTE=compute_type(mu.dtype),
+            INDEX=index_type(mu, logvar, grad_z, grad_kl, grad_mu),
+            GRAD_Z_COL=grad_z.stride(1),
+            MU_COL=mu.stride(1),
+            LOGVAR_COL=logvar.stride(1),
+            T=STREAM_TILE,
+        )
+        return
     four, height, width = latent_tile(mu, cols)
     split = cdiv(cols, width)
     launch(
