@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -56,13 +57,14 @@ def is_quick(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """70,001 columns take the interpreter minutes; 5,001 are split over programs just as well.
+    """70,001 columns take the interpreter minutes; 5,001 are split over programs just as well, and
+    its rows have nothing of threads' grain.
     Exhaustive tests run when they are asked for, and on a GPU every product runs."""
     products = config.getoption("--products")
     products = products or ("all" if GPU or config.option.file_or_dir else "quick")
 
     def chosen(item: pytest.Item) -> bool:
-        if not GPU and "triton" in item.name and "70001" in item.name:
+        if not GPU and "triton" in item.name and re.search("70001|many_rows", item.name):
             return False
         if item.get_closest_marker("exhaustive"):
             return "exhaustive" in config.option.markexpr
