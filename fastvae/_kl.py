@@ -27,6 +27,8 @@ def divergence(
             return t.flatten()
         if per == "dimension":
             return t.reshape(batch.numel(), event.numel()).T
+        if batch_dims == 0:
+            return t[None]
         return t.flatten(0, batch_dims - 1) if batch_dims > 1 else t
 
     of_prior = None if prior is None else (rows(prior[0]), rows(prior[1]))
@@ -37,7 +39,7 @@ def divergence(
     if per == "dimension":
         kept = max(batch.numel(), 1) if of_mask is None else of_mask.sum(1).clamp(min=1)
         return (kl / kept).view(event)
-    return kl.view(batch) if batch_dims > 1 else kl
+    return kl if batch_dims == 1 else kl.view(batch)
 
 
 def floored(kl: Tensor, floor: float, per: str, mask: Tensor | None = None) -> Tensor:

@@ -132,6 +132,13 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_batch_dims(mu: Tensor, batch_dims: int) -> None:
+    """Raises unless mu has so many dimensions."""
+    check_count("batch_dims", batch_dims, 0)
+    if batch_dims > mu.dim():
+        raise ValueError(f"mu must have batch_dims = {batch_dims} dimensions, got {shape(mu)}")
+
+
 def broadcasts(t: Tensor, shape: torch.Size) -> bool:
     """Whether t expands to that shape."""
     return t.dim() <= len(shape) and all(

@@ -13,20 +13,22 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 from fastvae import functional
 from fastvae._composite import compute_dtype
 from fastvae._latents import HasLogvar, beside, latent, of_batch, of_distribution
+from fastvae._validation import check_batch_dims
 
 
 class DiagonalNormal(Distribution):
     """N(μ, diag(e^logvar)): a batch of latents for torch.distributions, by the fused kernels.
 
-    Dimension 0 is the batch, all others are the event. ``torch.distributions.kl_divergence`` of it
-    and another `DiagonalNormal`, a ``Normal`` or an ``Independent`` of one is
-    `fastvae.kl_divergence`, [B] in nats.
+    Dimension 0 is the batch, all others are the event, unless ``batch_dims`` says otherwise.
+    ``torch.distributions.kl_divergence`` of it and another `DiagonalNormal`, a ``Normal`` or an
+    ``Independent`` of one is `fastvae.kl_divergence`, [B] in nats.
 
     Args:
-        mu: mean, [B, *event], floating.
+        mu: mean, [B, *event], floating; of several batch dimensions [*batch, *event].
         logvar: ln σ², the same shape, dtype and device.
         std, log_std: σ, above 0 (checked on CPU), or ln σ, in place of logvar; a 16-bit std makes
             a distribution of float32.
+        batch_dims: how many leading dimensions are the batch: 2 for [B, T, L], 0 for one variable.
         validate_args: whether values are checked as well (NaN, values outside the support). Off
             unless asked for: it reads the tensors, which stalls a GPU.
 
@@ -50,10 +52,12 @@ class DiagonalNormal(Distribution):
         *,
         std: Tensor | None = None,
         log_std: Tensor | None = None,
+        batch_dims: int = 1,
     ) -> None:
         self.mu, self.logvar = latent(mu, logvar, std, log_std)
+        check_batch_dims(self.mu, batch_dims)
         shape = self.mu.shape
-        super().__init__(shape[:1], shape[1:], validate_args=bool(validate_args))
+        super().__init__(shape[:batch_dims], shape[batch_dims:], validate_args=bool(validate_args))
 
     @property
     def support(self) -> Any:  # torch's own distributions type it so
@@ -78,15 +82,12 @@ class DiagonalNormal(Distribution):
     def expand(
         self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None
     ) -> DiagonalNormal:
-        """A view for a batch of another size; from a batch of one.
-
-        Raises:
-            ValueError: batch_shape has not one dimension.
-        """
-        if len(batch_shape) != 1:
-            raise ValueError(f"batch_shape must have one dimension, got {list(batch_shape)}")
+        """A view for a batch of another size, or of more dimensions."""
         shape = (*batch_shape, *self.event_shape)
-        return DiagonalNormal(self.mu.expand(shape), self.logvar.expand(shape), self._validate_args)
+        return type(self)(
+            self.mu.expand(shape), self.logvar.expand(shape), self._validate_args,
+            batch_dims=len(batch_shape),
+        )  # fmt: skip
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:  # type: ignore[override]
         """Draws z, [*sample_shape, B, *event], differentiable; as `fastvae.rsample`."""
@@ -120,7 +121,8 @@ class DiagonalNormal(Distribution):
         lead = value.dim() - len(event)
         batch, own = value.shape[:lead], self.batch_shape
         fits = lead >= 0 and value.shape[lead:] == event
-        if not fits or not (lead == 0 or batch[-1] == own[0] or 1 in (batch[-1], own[0])):
+        pairs = zip(reversed(batch), reversed(own), strict=False)
+        if not fits or any(n != m and 1 not in (n, m) for n, m in pairs):
             raise ValueError(
                 f"value must have shape [*sample_shape, {', '.join(map(str, self.mu.shape))}], "
                 f"got {list(value.shape)}"
@@ -130,18 +132,20 @@ class DiagonalNormal(Distribution):
             return self.mu.new_empty(batch, dtype=compute_dtype(self.mu.dtype))
         # (z − μ)² does not care which of the two is the data; the parameter may have a dimension
         # of draws that the data has not.
-        q = self if batch[-1:] == own else self.expand(batch[-1:])
-        draws = value.expand((*batch, *event))
-        if len(batch) > 1:
-            draws = draws.reshape(batch[:-1].numel(), *q.mu.shape)
-        ln_q = functional.log_likelihood((draws, q.logvar), q.mu, "gaussian_logvar")
+        of_q = batch[len(batch) - len(own) :]
+        q = self if of_q == own else self.expand(of_q)
+        rows = (of_q.numel(), *event)
+        count = batch[: len(batch) - len(own)].numel()
+        draws = value.expand((*batch, *event)).reshape(count, *rows)
+        mu, logvar = q.mu.reshape(rows), q.logvar.reshape(rows)
+        ln_q = functional.log_likelihood((draws, logvar), mu, "gaussian_logvar")
         return ln_q.view(batch)
 
     def entropy(self) -> Tensor:
         """½ Σ (1 + ln 2π + logvar), [B] in nats."""
         logvar = self.logvar.to(compute_dtype(self.logvar.dtype))
         per_dim = 0.5 * (1 + math.log(2 * math.pi) + logvar)
-        return per_dim.flatten(1).sum(1) if per_dim.dim() > 1 else per_dim
+        return per_dim.reshape(*self.batch_shape, self.event_shape.numel()).sum(-1)
 
 
 def from_distribution(q: Distribution | HasLogvar) -> DiagonalNormal:
@@ -198,7 +202,10 @@ def _kl(
     mu, logvar, *prior = (t.to(dtype) for t in every)
     shape = torch.broadcast_shapes(*(t.shape for t in every))
     return functional.kl_divergence(
-        mu.expand(shape), logvar.expand(shape), prior=(prior[0], prior[1])
+        mu.expand(shape),
+        logvar.expand(shape),
+        prior=(prior[0], prior[1]),
+        batch_dims=len(shape) - len(like.event_shape),
     )
 
 

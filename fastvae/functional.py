@@ -22,6 +22,7 @@ from fastvae._latents import AnyPrior, Posterior, expand_prior, latent
 from fastvae._validation import (
     REDUCTIONS,
     Recon,
+    check_batch_dims,
     check_beta,
     check_choice,
     check_count,
@@ -169,7 +170,7 @@ def kl_divergence(
             shape; or what has them: a ``torch.distributions.Normal``, a `DiagonalNormal`, a module
             with learned ``mu`` and ``logvar``. N(0, I) if left out. Gradients flow to it.
         batch_dims: how many leading dimensions are not summed over: 2 for a value per sequence and
-            step, [B, T, L] to [B, T].
+            step, [B, T, L] to [B, T]; 0 for a variable without a batch, a layer's weights.
         per: "sample"; "dimension" for the mean over the batch dimensions, one value for each
             element of the event; "element" for no sum at all.
         mask: bool, broadcastable to mu. False leaves the element out: value and gradient are 0
@@ -177,8 +178,8 @@ def kl_divergence(
         backend: "auto", "cpp", "cuda", "triton" or "eager".
 
     Returns:
-        kl, [B], of ``batch_dims=2`` [B, T]; summed over the event dimensions. Per dimension
-        [*event], per element mu's shape.
+        kl, [B], of ``batch_dims=2`` [B, T], of 0 []; summed over the event dimensions. Per
+        dimension [*event], per element mu's shape.
 
     Raises:
         ValueError: shapes or devices don't fit, not exactly one of logvar, std and log_std, more
@@ -193,9 +194,7 @@ def kl_divergence(
 
 
 def _check_sum(mu: Tensor, batch_dims: int, per: str) -> None:
-    check_count("batch_dims", batch_dims, 1)
-    if batch_dims > mu.dim():
-        raise ValueError(f"mu must have batch_dims = {batch_dims} dimensions, got {shape(mu)}")
+    check_batch_dims(mu, batch_dims)
     check_choice("per", per, ("sample", "dimension", "element"))
 
 

@@ -235,8 +235,8 @@ def test_bad_arguments() -> None:
     for shape in ((2,), (4, 1), (2, 3), (3, 4), (), (4, 3, 1)):
         with pytest.raises(ValueError, match=r"value must have shape \[\*sample_shape, 4, 3\]"):
             q.log_prob(torch.zeros(shape))
-    with pytest.raises(ValueError, match="one dimension"):
-        q.expand((2, 4))
+    with pytest.raises(ValueError, match=r"batch_dims = 3 dimensions, got \[4, 3\]"):
+        DiagonalNormal(mu, logvar, batch_dims=3)
     with pytest.raises(ValueError, match="event_shape"):
         kl_divergence(q, DiagonalNormal(torch.zeros(4, 2), torch.zeros(4, 2)))
     with pytest.raises(ValueError, match="event_shape"):
@@ -259,3 +259,23 @@ def test_expand() -> None:
     z = q.rsample()
     assert z.unique(dim=0).shape == (5, 3)
     torch.testing.assert_close(q.log_prob(z), torchs(q.mu, q.logvar).log_prob(z))
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1, 2, 3])
+def test_a_batch_of_any_number_of_dimensions(batch_dims: int) -> None:
+    mu, logvar = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    q = DiagonalNormal(mu, logvar, batch_dims=batch_dims)
+    p = Independent(Normal(mu, (0.5 * logvar).exp()), 3 - batch_dims)
+    assert (q.batch_shape, q.event_shape) == (p.batch_shape, p.event_shape)
+    assert q.rsample((5,)).shape == p.rsample((5,)).shape
+    for value in (p.sample(), p.sample((5,)), p.sample((2, 5)), torch.randn(q.event_shape)):
+        torch.testing.assert_close(q.log_prob(value), p.log_prob(value))
+    torch.testing.assert_close(q.entropy(), p.entropy())
+    prior = Normal(0.5, 2.0)
+    want = kl_divergence(p, Independent(Normal(torch.full_like(mu, 0.5), 2.0), 3 - batch_dims))
+    torch.testing.assert_close(kl_divergence(q, prior), want)
+    torch.testing.assert_close(kl_divergence(q, q), torch.zeros(q.batch_shape))
+    wider = q.expand((6, *q.batch_shape))
+    assert wider.batch_shape == (6, *q.batch_shape) and wider.event_shape == q.event_shape
+    z = wider.rsample()
+    torch.testing.assert_close(wider.log_prob(z), p.log_prob(z))

@@ -206,6 +206,7 @@ def test_a_prior_of_numbers(dtype: torch.dtype, quick_backend: str) -> None:
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {  # of one value an element, [B, T, L]
     "sample": lambda kl: kl.flatten(1).sum(1),
     "step": lambda kl: kl.sum(2),
+    "all": lambda kl: kl.sum(),
     "dimension": lambda kl: kl.mean(0),
     "dimension-of-steps": lambda kl: kl.mean((0, 1)),
     "element": lambda kl: kl,
@@ -213,6 +214,7 @@ SUMS: dict[str, Callable[[Tensor], Tensor]] = {  # of one value an element, [B, 
 OPTIONS: dict[str, dict[str, Any]] = {
     "sample": {},
     "step": {"batch_dims": 2},
+    "all": {"batch_dims": 0},
     "dimension": {"per": "dimension"},
     "dimension-of-steps": {"per": "dimension", "batch_dims": 2},
     "element": {"per": "element"},
@@ -315,7 +317,7 @@ def test_a_padded_sequence_in_one_call(quick_backend: str) -> None:
 def test_bad_sums() -> None:
     mu, logvar = latents((4, 3), torch.float32)
     for dims, error, message in (
-        (0, ValueError, "batch_dims must be at least 1, got 0"),
+        (-1, ValueError, "batch_dims must be at least 0, got -1"),
         (3, ValueError, r"mu must have batch_dims = 3 dimensions, got \[4, 3\]"),
         (1.0, TypeError, "batch_dims must be an int, got float"),
     ):
