@@ -57,6 +57,44 @@ def test_diffusers_loss() -> None:
     assert_same(loss, (nll + posterior.kl()).mean(), vae, vae)
 
 
+@pytest.mark.parametrize("mean_field", [False, True])
+def test_pyro_samples_the_latent(mean_field: bool) -> None:
+    """The ELBO of Pyro's own Normal under the same noise, closed-form KL or not."""
+    pyro, infer = need("pyro"), need("pyro.infer")
+    from fastvae.integrations.pyro import DiagonalNormal
+
+    normal, bernoulli = pyro.distributions.Normal, pyro.distributions.Bernoulli
+    encoder, decoder = nn.Linear(12, 8).double(), nn.Linear(4, 12).double()
+    x = torch.rand(6, 12).round().double()
+    noise = noise_like(torch.zeros(6, 4).double())
+
+    def model(ours: bool) -> None:
+        zero = x.new_zeros(6, 4)
+        prior = DiagonalNormal(zero, zero) if ours else normal(zero, 1.0).to_event(1)
+        with pyro.plate("batch", 6):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(ours: bool) -> None:
+        mu, logvar = encoder(x).chunk(2, 1)
+        q = DiagonalNormal(mu, logvar) if ours else Drawn(mu, (0.5 * logvar).exp()).to_event(1)
+        with pyro.plate("batch", 6):
+            pyro.sample("z", q)
+
+    class Drawn(normal):  # type: ignore[misc, valid-type]
+        def rsample(self, sample_shape: Any = ()) -> Tensor:
+            drawn: Tensor = self.loc + self.scale * noise
+            return drawn
+
+    elbo = infer.TraceMeanField_ELBO() if mean_field else infer.Trace_ELBO()
+    both = nn.ModuleList([encoder, decoder])
+    torch.manual_seed(7)
+    noise = noise_like(torch.zeros(6, 4).double())
+    torch.manual_seed(7)
+    ours, theirs = (elbo.differentiable_loss(model, guide, which) for which in (True, False))
+    assert_same(ours, theirs, both, both)
+
+
 def test_diffusers_video_latents() -> None:
     """Of [B, C, T, H, W], diffusers' kl() leaves one value per column; here one per video."""
     need("diffusers")
