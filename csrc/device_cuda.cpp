@@ -157,8 +157,10 @@ void describe(const SampleTask& task, bool use_double, int64_t draws, Args& a) {
   const int64_t per_sample = task.draws * task.cols;
   if (!task.index && task.cols % 64 != 0 && draws == task.draws)
     a.counters = (task.offset * per_sample % 64 + task.batch * per_sample + 63) / 64 * 16;
-  const int64_t rows = a.counters > 0 ? task.batch : task.batch * draws;
-  a.split = cuda::deal(rows, task.cols % 64 == 0 ? task.cols / 4 : task.cols, 1);
+  // Each thread of a row's sum has a few of its columns.
+  a.split = a.counters > 0 ? cuda::deal(task.batch, task.cols, 4)
+                           : cuda::deal(task.batch * draws,
+                                        task.cols % 64 == 0 ? task.cols / 4 : task.cols, 1);
   a.stream = {task.seed.const_data_ptr<int64_t>(), task.draws, task.offset,
               task.index && task.index->numel() ? task.index->const_data_ptr<int64_t>() : nullptr};
   a.mu = source(task.mu, use_double);

@@ -28,7 +28,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-ROWS, PIXELS, LATENTS = 2048, 12288, 128
+ROWS, PIXELS, LATENTS = 8192, 12288, 128
 KINDS = ("load", "store")
 
 

@@ -128,8 +128,9 @@ def test_the_designed_bytes_move_in_128_bit_accesses(
     compiled: dict[str, Rows], arch: str, dtype: str
 ) -> None:
     for row in select(compiled["aligned"], arch, dtype):
-        narrow = row["case"].removesuffix("+grad") in heavy and dtype.endswith("16")
         # Half a tile of 16-bit numbers is 64 bits a thread: arithmetic bounds those kernels.
+        bound = row["case"].removesuffix("+grad") in heavy or row["case"] == "rsample_kl_backward"
+        narrow = bound and dtype.endswith("16")
         wanted = 0 if narrow else row["designed_bytes"]
         assert row["bytes"] == wanted and row["designed_bytes"] > 0, row["case"]
 

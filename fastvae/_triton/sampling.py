@@ -82,14 +82,20 @@ def stream_elements(program, T: tl.constexpr, INDEX: tl.constexpr, first, count,
     four elements of each the place behind element `first`, the row, the column and whether it is
     one of the `count`."""
     lane = program.to(INDEX) * T + tl.arange(0, T)
-    at = lane // 16 * 64 + lane % 16 - (first % 64).to(INDEX)
-    elements = ()
+    begin = lane // 16 * 64 + lane % 16 - (first % 64).to(INDEX)
+    at = ()
+    row = ()
+    col = ()
+    inside = ()
     for j in tl.static_range(4):
-        inside = (at + 16 * j >= 0) & (at + 16 * j < count)
-        place = tl.where(inside, at + 16 * j, 0)
-        row = place // cols
-        elements = elements + ((place, row, place - row * cols, inside),)
-    return first // 64 * 16 + lane, elements
+        here = begin + 16 * j
+        counts = (here >= 0) & (here < count)
+        here = tl.where(counts, here, 0)
+        at = at + (here,)
+        row = row + (here // cols,)
+        col = col + (here % cols,)
+        inside = inside + (counts,)
+    return first // 64 * 16 + lane, at, row, col, inside
 
 
 @triton.jit(do_not_specialize=["batch", "sample_offset", "splits", "row_programs"])
@@ -121,16 +127,17 @@ def sample_stream_kernel(
     program = tl.program_id(0)
     first = sample_offset.to(tl.int64) * num_samples * cols
     count = batch.to(INDEX) * num_samples * cols
-    counter, elements = stream_elements(program, T, INDEX, first, count, cols)
+    counter, _at, draw, place, inside = stream_elements(program, T, INDEX, first, count, cols)
     eps = four_normals(tl.load(seed), counter)
     for j in tl.static_range(4):
-        row, col, inside = elements[j][1], elements[j][2], elements[j][3]
-        b = row // num_samples
-        m = tl.load(mu + b * mu_stride + col * MU_COL, mask=inside, other=0.0).to(COMPUTE)
-        lv = tl.load(logvar + b * logvar_stride + col * LOGVAR_COL, mask=inside, other=0.0)
-        drawn = sample(m, lv.to(COMPUTE), eps[j].to(COMPUTE))
-        out = ((row - b * num_samples) * batch + b) * cols + col
-        tl.store(z + out, drawn.to(z.dtype.element_ty), mask=inside)
+        b = draw[j] // num_samples
+        from_mu = mu + b * mu_stride + place[j] * MU_COL
+        from_logvar = logvar + b * logvar_stride + place[j] * LOGVAR_COL
+        mean = tl.load(from_mu, mask=inside[j], other=0.0).to(COMPUTE)
+        spread = tl.load(from_logvar, mask=inside[j], other=0.0).to(COMPUTE)
+        drawn = sample(mean, spread, eps[j].to(COMPUTE))
+        out = ((draw[j] - b * num_samples) * batch + b) * cols + place[j]
+        tl.store(z + out, drawn.to(z.dtype.element_ty), mask=inside[j])
     if kl is not None:
         split = (program % splits).to(INDEX)
         row = ((program // splits).to(INDEX) * R + tl.arange(0, R))[:, None]
@@ -184,21 +191,22 @@ def sample_stream_backward_kernel(
     """sample_backward_kernel of one draw, as sample_stream_kernel draws it."""
     first = sample_offset.to(tl.int64) * cols
     count = batch.to(INDEX) * cols
-    counter, elements = stream_elements(tl.program_id(0), T, INDEX, first, count, cols)
+    program = tl.program_id(0)
+    counter, at, row, col, inside = stream_elements(program, T, INDEX, first, count, cols)
     eps = four_normals(tl.load(seed), counter)
     for j in tl.static_range(4):
-        at, row, col, inside = elements[j]
-        g = tl.load(grad_z + row * grad_z_stride + col * GRAD_Z_COL, mask=inside, other=0.0)
-        lv = tl.load(logvar + row * logvar_stride + col * LOGVAR_COL, mask=inside, other=0.0)
-        g_mu = g.to(COMPUTE)
-        lv = lv.to(COMPUTE)
+        from_z = grad_z + row[j] * grad_z_stride + col[j] * GRAD_Z_COL
+        from_logvar = logvar + row[j] * logvar_stride + col[j] * LOGVAR_COL
+        g_mu = tl.load(from_z, mask=inside[j], other=0.0).to(COMPUTE)
+        lv = tl.load(from_logvar, mask=inside[j], other=0.0).to(COMPUTE)
         g_logvar = sample_dlogvar(lv, eps[j].to(COMPUTE) * g_mu)
         if grad_kl is not None:
-            m = tl.load(mu + row * mu_stride + col * MU_COL, mask=inside, other=0.0).to(COMPUTE)
-            w = tl.load(grad_kl + row * grad_kl_stride, mask=inside, other=0.0).to(COMPUTE)
+            from_mu = mu + row[j] * mu_stride + col[j] * MU_COL
+            m = tl.load(from_mu, mask=inside[j], other=0.0).to(COMPUTE)
+            w = tl.load(grad_kl + row[j] * grad_kl_stride, mask=inside[j], other=0.0).to(COMPUTE)
             g_mu, g_logvar = with_kl(g_mu, g_logvar, m, lv, w)
-        tl.store(grad_mu + at, g_mu.to(grad_mu.dtype.element_ty), mask=inside)
-        tl.store(grad_logvar + at, g_logvar.to(grad_logvar.dtype.element_ty), mask=inside)
+        tl.store(grad_mu + at[j], g_mu.to(grad_mu.dtype.element_ty), mask=inside[j])
+        tl.store(grad_logvar + at[j], g_logvar.to(grad_logvar.dtype.element_ty), mask=inside[j])
 
 
 @triton.jit(do_not_specialize=["batch", "num_samples", "sample_offset", "splits"])
@@ -285,13 +293,17 @@ def stream_programs(rows: int, cols: int, first_row: int) -> int:
     return cdiv(16 * blocks, STREAM_TILE)
 
 
-def latent_tile(mu: Tensor, cols: int) -> tuple[bool, int, int]:
-    """Whether all four normals of a counter are used, and the tile."""
+ENOUGH = 128  # programs: about one for each multiprocessor
+
+
+def latent_tile(rows: int, cols: int, tile: int) -> tuple[bool, int, int]:
+    """Whether all four normals of a counter are used, and the tile, at most as wide as that."""
     four = cols % 64 == 0
     if not four:  # four times the work per element, and no vector loads to gain
         return four, *tile_shape(cols, tile=TILE // 2)
-    # A quarter of the tile is loaded at a time; 128 bits of it per thread.
-    return four, *tile_shape(cols, 64, {2: 4 * TILE, 4: 2 * TILE, 8: TILE}[mu.element_size()])
+    while tile > TILE // 2 and rows * cols < ENOUGH * tile:  # 512: a counter for each thread
+        tile //= 2
+    return four, *tile_shape(cols, 64, tile)
 
 
 def sample_forward(
@@ -308,7 +320,9 @@ def sample_forward(
     rows, cols = z.shape
     batch = mu.shape[0]
     streams = cols % 64 != 0 and sample_index is None
-    four, height, width = latent_tile(mu, cols)
+    # A quarter of the tile is loaded at a time; 128 bits of it per thread.
+    widest = {2: 4 * TILE, 4: 2 * TILE, 8: TILE}[mu.element_size()]
+    four, height, width = latent_tile(rows, cols, widest)
     row_programs = cdiv(batch if streams else rows, height)
     split, chunk = splits(row_programs, cols, width)
     parts = kl
@@ -381,7 +395,8 @@ def sample_backward(
             T=STREAM_TILE,
         )
         return
-    four, height, width = latent_tile(mu, cols)
+    # Of 16-bit types 64 bits: with 128 there would be registers for two programs.
+    four, height, width = latent_tile(batch, cols, TILE if mu.element_size() == 8 else 2 * TILE)
     split = cdiv(cols, width)
     launch(
         sample_backward_kernel,
