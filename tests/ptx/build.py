@@ -25,6 +25,7 @@ sys.path[:0] = [str(HERE)]
 
 from translate import translate  # noqa: E402
 
+UNOPTIMIZED = ("-std=c++20", "-O0", "-w", "-fPIC")
 KERNELS = ROOT / "csrc/cuda/kernels.cu"
 
 
@@ -93,8 +94,19 @@ def translated(text: str, to: Path) -> Path:
     return cpp(source, to, "-O1", "-w", f"-I{HERE}")
 
 
-def runtime(folder: Path) -> Path:
-    to = folder / "libcudart.so"
+def header(to: Path) -> None:
+    """Read once: that takes longer than a small kernel, and a kernel longer than it runs."""
+    run("c++", *UNOPTIMIZED, "-x", "c++-header", HERE / "device.h", "-o", to)
+
+
+def library(source: str, to: Path) -> None:
+    """Translated PTX, to be loaded where the runtime is. device.h.gch is used if beside it."""
+    text = to.with_suffix(".cpp")
+    text.write_text(source)
+    run("c++", *UNOPTIMIZED, "-shared", f"-I{HERE}", text, "-o", to)
+
+
+def runtime(to: Path) -> Path:
     run("c++", "-std=c++20", "-O2", "-shared", "-fPIC", HERE / "cudart.cpp", "-ldl", "-o", to)
     return to
 
@@ -134,7 +146,7 @@ def build(folder: Path) -> None:
     module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
     libraries += ["-ltorch_python", "-fopenmp"]
-    run("c++", "-shared", *objects, runtime(folder), *libraries, "-o", module)
+    run("c++", "-shared", *objects, runtime(folder / "libcudart.so"), *libraries, "-o", module)
 
 
 def faulty(folder: Path, fault: str) -> Path:
@@ -144,7 +156,7 @@ def faulty(folder: Path, fault: str) -> Path:
     nvcc(*flags, "-ptx", "-o", name.with_suffix(".ptx"))
     nvcc(*flags, "-c", "-o", name.with_suffix(".host.o"))
     device = translated(name.with_suffix(".ptx").read_text(), name.with_suffix(".o"))
-    objects = [name.with_suffix(".host.o"), device, runtime(folder)]
+    objects = [name.with_suffix(".host.o"), device, runtime(folder / "libcudart.so")]
     run("c++", *objects, f"-Wl,-rpath,{folder}", "-o", name)
     return name
 

@@ -62,6 +62,11 @@ void emulator_add(const void* p, size_t size) {
   state().live[reinterpret_cast<uint64_t>(p)] = size;
 }
 
+void emulator_remove(const void* p) {
+  const std::lock_guard<std::mutex> lock(state().lock);
+  state().live.erase(reinterpret_cast<uint64_t>(p));
+}
+
 void emulator_add_kernel(const char* name, Launch launch) { state().launchers[name] = launch; }
 
 bool emulator_is_live(uint64_t address, size_t size) {
@@ -81,6 +86,11 @@ bool emulator_is_live(uint64_t address, size_t size) {
 bool emulator_backwards() {
   static const bool asked = std::getenv("EMULATOR_BACKWARDS") != nullptr;
   return asked;
+}
+
+void emulator_launch(const char* kernel, void** arguments, unsigned blocks, unsigned threads) {
+  ++state().launches;
+  state().launchers.at(kernel)(arguments, blocks, threads);
 }
 
 unsigned emulator_launches() { return state().launches; }

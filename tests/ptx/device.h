@@ -8,7 +8,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 // Whether [address, address + size) lies in one piece of memory that is allocated now.
@@ -33,6 +35,11 @@ struct Warp {
   uint32_t ballot() const {
     uint32_t all = 0;
     for (int lane = 0; lane < 32; ++lane) all |= (offered[lane] != 0 ? 1u : 0u) << lane;
+    return all;
+  }
+  uint32_t sum() const {
+    uint32_t all = 0;
+    for (const uint32_t one : offered) all += one;
     return all;
   }
 };
@@ -142,6 +149,15 @@ inline V ptx_max(V a, V b) {
   if (a != a) return b;
   return a < b ? b : a;
 }
+// The other kind gives NaN where one of the two is.
+template <class V>
+inline V ptx_min_nan(V a, V b) {
+  return a != a || b != b ? std::numeric_limits<V>::quiet_NaN() : ptx_min(a, b);
+}
+template <class V>
+inline V ptx_max_nan(V a, V b) {
+  return a != a || b != b ? std::numeric_limits<V>::quiet_NaN() : ptx_max(a, b);
+}
 // PTX has the sign first.
 template <class V>
 inline V ptx_copysign(V sign, V size) {
@@ -165,6 +181,11 @@ template <class V>
 inline V ptx_sqrt(V a) {
   return std::sqrt(a);
 }
+inline float flush(float a) {
+  return std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(0.f, a) : a;
+}
+// Of float32: a GPU's may be two units in the last place off.
+inline float ptx_rsqrt_approx(float a) { return static_cast<float>(1 / std::sqrt(double{a})); }
 template <class V>
 inline V ptx_rcp(V a) {
   return V(1) / a;
@@ -188,6 +209,26 @@ inline V shift_right(V a, uint32_t n) {
   const uint32_t most = 8 * sizeof(V) - 1;
   if (n > most) return std::is_signed_v<V> ? static_cast<V>(a >> most) : V(0);
   return static_cast<V>(a >> n);
+}
+// Bits beyond the number's are 0, or its sign; the field's own sign is its last bit.
+template <class V>
+inline V ptx_bfe(V a, V first, V count) {
+  static_assert(sizeof(V) == 4);
+  using Wide = std::conditional_t<std::is_signed_v<V>, int64_t, uint64_t>;
+  const int at = std::min<int>(first & 255, 63), drop = 64 - std::min<int>(count & 255, 32);
+  if (drop == 64) return 0;
+  const auto field = static_cast<uint64_t>(static_cast<Wide>(a) >> at) << drop;
+  return static_cast<V>(static_cast<Wide>(field) >> drop);
+}
+// Four bytes of the eight, each named by a digit; 8 added: its sign alone.
+inline uint32_t ptx_prmt(uint32_t low, uint32_t high, uint32_t digits) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t all = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = digits >> (4 * i) & 15, byte = bytes >> (8 * (digit & 7)) & 255;
+    all |= (digit < 8 ? byte : byte >> 7 != 0 ? 255u : 0u) << (8 * i);
+  }
+  return all;
 }
 template <class V>
 inline V insert_bits(V a, V into, uint32_t first, uint32_t count) {

@@ -1,4 +1,5 @@
-"""nvcc's PTX in C++: each kernel a function of one thread, up to the next point where threads meet.
+"""PTX, nvcc's or Triton's, in C++: each kernel a function of one thread, up to the next point where
+threads meet.
 
 What runs is what the compiler made of the kernels, not their source. `device.h` has what the text
 is written in: threads, their meetings, and memory whose every access is checked.
@@ -18,6 +19,8 @@ for bits in (8, 16, 32, 64):
 SPECIAL = {"%tid.x": "t->id", "%ntid.x": "b->threads", "%ctaid.x": "b->index"}
 SPECIAL |= {"%nctaid.x": "b->blocks", "%laneid": "(t->id % 32)"}
 INFIX = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^"}
+CALLS = ("min", "max", "copysign", "div", "rem", "fma", "sqrt", "rsqrt", "rcp", "abs", "neg")
+CALLS += ("bfe", "prmt")
 ORDERED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=="}
 
 
@@ -129,6 +132,11 @@ class Kernel:
 
     def instruction(self, op: list[str], a: list[str], text: str) -> str:
         kind = op[-1]
+        flushes = "ftz" in op and kind == "f32"  # subnormal numbers are 0
+        if "sat" in op or (flushes and op[0] not in ("abs", "rsqrt")):
+            raise Unknown(text)
+        if kind in ("f16", "bf16") and op[0] not in ("cvt", "setp"):
+            raise Unknown(text)
         special = getattr(self, f"_{op[0]}", None)
         if special is not None and (code := special(op, a, kind)) is not None:
             return str(code)
@@ -138,9 +146,10 @@ class Kernel:
         if op[0] in ("and", "or", "xor"):
             x, y = (self.value(v, kind) for v in a[1:3])
             return self.put(a[0], f"{x} {dict(INFIX, xor='!=')[op[0]]} {y}", kind)
-        if op[0] in ("min", "max", "copysign", "div", "rem", "fma", "sqrt", "rcp", "abs", "neg"):
-            call = f"ptx_{op[0]}" + ("_approx" if "approx" in op else "")
-            return self.put(a[0], f"{call}({', '.join(self.value(v, kind) for v in a[1:])})", kind)
+        if op[0] in CALLS:
+            more = "_approx" if "approx" in op else "_nan" if "NaN" in op else ""
+            given = [f"flush({x})" if flushes else x for x in (self.value(v, kind) for v in a[1:])]
+            return self.put(a[0], f"ptx_{op[0]}{more}({', '.join(given)})", kind)
         raise Unknown(text)
 
     def _mov(self, op: list[str], a: list[str], kind: str) -> str:
@@ -191,7 +200,15 @@ class Kernel:
         return f"b->{space}({self.address(where)}, {size}, {len(self.lines)})"
 
     def _setp(self, op: list[str], a: list[str], kind: str) -> str:
+        if kind == "bf16x2":  # the lower half's is the first
+            (low, high), halves = a[0].split("|"), [f"({self.raw(v)})" for v in a[1:3]]
+            x, y = (f"from_bf16({v})" for v in halves)
+            code = self.put(low, f"({x} {ORDERED[op[1]]} {y})", "pred")
+            x, y = (f"from_bf16({v} >> 16)" for v in halves)
+            return code + self.put(high, f"({x} {ORDERED[op[1]]} {y})", "pred")
         x, y = (self.value(v, kind) for v in a[1:3])
+        if kind in ("f16", "bf16"):
+            x, y, kind = f"from_{kind}({x})", f"from_{kind}({y})", "f32"
         test = op[1]
         if test == "nan":
             code = f"({x} != {x} || {y} != {y})"
@@ -242,6 +259,10 @@ class Kernel:
         raise Unknown(".".join(op))
 
     def _mad(self, op: list[str], a: list[str], kind: str) -> str:
+        if "wide" in op:
+            wide = f"{kind[0]}{2 * int(kind[1:])}"
+            x, y, z = (self.value(v, k) for v, k in zip(a[1:], (kind, kind, wide), strict=True))
+            return self.put(a[0], f"static_cast<{C_TYPES[wide]}>({x}) * {y} + {z}", wide)
         if "lo" not in op:
             raise Unknown(".".join(op))
         x, y, z = (self.value(v, "u" + kind[1:]) for v in a[1:4])
@@ -289,6 +310,28 @@ class Kernel:
         take = f"{self.register(target)} = w->offered[({lane}) < 32 ? ({lane}) : t->id % 32];"
         return self.meet("for_warp", self.value(a[1], "b32"), take)
 
+    def _redux(self, op: list[str], a: list[str], kind: str) -> str:
+        if op[2] != "add":
+            raise Unknown(".".join(op))
+        return self.meet("for_warp", self.value(a[1], "b32"), f"{self.register(a[0])} = w->sum();")
+
+    def matrices(self, op: list[str], registers: str, where: str, code: str) -> str:
+        """Each lane has two neighbours of a row of each matrix, and says where one row is."""
+        if op[3] != "m8n8" or op[5:] != ["shared", "b16"]:
+            raise Unknown(".".join(op))
+        line, lane, codes = len(self.lines), "t->id % 32", ""
+        for i, register in enumerate(split(registers.strip("{} "))):
+            row = f"w->offered[{8 * i} + {lane} / 4] + 4 * ({lane} % 4)"
+            to = f"b->shared({row}, 4, {line})"
+            codes += code.format(to=to, register=self.register(register))
+        return self.meet("for_warp", f"static_cast<uint32_t>({self.address(where)})", codes)
+
+    def _ldmatrix(self, op: list[str], a: list[str], kind: str) -> str:
+        return self.matrices(op, a[0], a[1], "{register} = read<uint32_t>({to});")
+
+    def _stmatrix(self, op: list[str], a: list[str], kind: str) -> str:
+        return self.matrices(op, a[1], a[0], "write<uint32_t>({to}, {register});")
+
     def _vote(self, op: list[str], a: list[str], kind: str) -> str:
         result = "w->ballot()" if op[2] == "ballot" else "w->ballot() != 0"
         return self.meet("for_warp", self.value(a[1], "pred"), f"{self.register(a[0])} = {result};")
@@ -320,10 +363,11 @@ const Launcher launch_{self.name}("{self.name}", all_{self.name});
 """
 
 
-def translate(ptx: str) -> str:
-    """The C++ source of a module's kernels."""
+def translate(ptx: str, dynamic: int = 0) -> str:
+    """The C++ source of a module's kernels; `dynamic`: how much shared memory a launch adds."""
     symbols: dict[str, str] = {}
     tables = []
+    ptx = re.sub(r"^\.extern (\.shared .*\[)\];", rf"\g<1>{dynamic}];", ptx, flags=re.M)
     table = r"^\.(?:global|const) \.align \d+ \.b8 (\w+)\[(\d+)\] = \{(.*?)\};"
     for name, size, values in re.findall(table, ptx, re.M):
         tables.append(f"alignas(16) const uint8_t {name}[{size}] = {{{values}}};")
