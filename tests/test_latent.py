@@ -124,6 +124,13 @@ def test_sample_every_shape(
     check_sample(fused, *latents(shape, torch.float32), backend, num_samples=num_samples)
 
 
+@samplers
+@dtypes
+def test_sample_rows_of_whole_counters(fused: bool, dtype: torch.dtype, backend: str) -> None:
+    """The four normals of a counter are 16 columns apart: here all four are one row's."""
+    check_sample(fused, *latents((5, 128), dtype), backend, num_samples=3)
+
+
 @dtypes
 def test_draws_do_not_depend_on_the_dtype(dtype: torch.dtype, backend: str) -> None:
     eps = draws((7, 33), backend)
