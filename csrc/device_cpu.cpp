@@ -168,10 +168,27 @@ void elbo_reduce_cpu(const ReduceTask& task) {
 }
 
 void scale_rows_cpu(const Tensor& grad, const Tensor& factor) {
-  const Tensor column = factor.unsqueeze(1);
-  grad.mul_(column);
-  const Tensor none = column == 0;
-  if (none.any().item<bool>()) grad.masked_fill_(none, 0);
+  const int64_t rows = grad.size(0), cols = grad.size(1), step = factor.stride(0);
+  const int64_t grain = at::internal::GRAIN_SIZE / std::max<int64_t>(cols, 1) + 1;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, grad.scalar_type(), "fastvae_scale_rows", [&] {
+        using Wide = at::opmath_type<scalar_t>;
+        auto* to = grad.mutable_data_ptr<scalar_t>();
+        with_values(factor, [&](const auto* by) {
+          at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+            const auto scale = [&](scalar_t& g, Wide f) {
+              g = f == Wide(0) ? scalar_t(0) : static_cast<scalar_t>(f * static_cast<Wide>(g));
+            };
+            if (cols == 1) {
+              for (int64_t r = begin; r < end; ++r) scale(to[r], static_cast<Wide>(by[r * step]));
+              return;
+            }
+            for (int64_t r = begin; r < end; ++r)
+              for (int64_t c = 0; c < cols; ++c)
+                scale(to[r * cols + c], static_cast<Wide>(by[r * step]));
+          });
+        });
+      });
 }
 
 }  // namespace

@@ -17,16 +17,15 @@ def divergence(
     batch_dims: int = 1,
     per: str = "sample",
 ) -> Tensor:
-    """As `fastvae.kl_divergence`. The kernel sums along rows: [B, *event] to [B]."""
+    """As `fastvae.kl_divergence`. The kernel sums along rows: [B, *event] to [B]. Down the columns,
+    which lie far apart in memory, torch sums what it makes of each element."""
     if prior is not None and (dtype := prior[0].dtype) != mu.dtype:
         mu, logvar = mu.to(dtype), logvar.to(dtype)
     batch, event = mu.shape[:batch_dims], mu.shape[batch_dims:]
 
     def rows(t: Tensor) -> Tensor:
-        if per == "element":
+        if per != "sample":
             return t.flatten()
-        if per == "dimension":
-            return t.reshape(batch.numel(), event.numel()).T
         if batch_dims == 0:
             return t[None]
         return t.flatten(0, batch_dims - 1) if batch_dims > 1 else t
@@ -37,8 +36,9 @@ def divergence(
     if per == "element":
         return kl.view(mu.shape)
     if per == "dimension":
-        kept = max(batch.numel(), 1) if of_mask is None else of_mask.sum(1).clamp(min=1)
-        return (kl / kept).view(event)
+        over = tuple(range(batch_dims))
+        kept = max(batch.numel(), 1) if mask is None else mask.sum(over).clamp(min=1)
+        return kl.view(mu.shape).sum(over) / kept if over else kl.view(mu.shape)
     return kl if batch_dims == 1 else kl.view(batch)
 
 
