@@ -88,6 +88,12 @@ bool emulator_backwards() {
   return asked;
 }
 
+int emulator_error() {
+  static const char* asked = std::getenv("EMULATOR_ERROR");
+  static const int error = asked == nullptr ? 0 : std::atoi(asked);
+  return error;
+}
+
 void emulator_launch(const char* kernel, void** arguments, unsigned blocks, unsigned threads) {
   ++state().launches;
   state().launchers.at(kernel)(arguments, blocks, threads);

@@ -17,6 +17,7 @@
 extern "C" bool emulator_is_live(uint64_t address, size_t size);
 extern "C" void emulator_add(const void* p, size_t size);
 extern "C" void emulator_add_kernel(const char* name, void (*launch)(void**, unsigned, unsigned));
+extern "C" int emulator_error();       // of approximate instructions, in units in the last place
 extern "C" bool emulator_backwards();  // threads and blocks run in reverse order
 
 namespace {
@@ -184,8 +185,15 @@ inline V ptx_sqrt(V a) {
 inline float flush(float a) {
   return std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(0.f, a) : a;
 }
-// Of float32: a GPU's may be two units in the last place off.
-inline float ptx_rsqrt_approx(float a) { return static_cast<float>(1 / std::sqrt(double{a})); }
+// Of float32, as far off as is asked for; infinities, 0 and what is next to them are what they are.
+inline float approximate(float a) {
+  const float size = std::abs(a);
+  return size > 1e-37f && size < 3e38f ? as_float(bits_of(a) + emulator_error()) : a;
+}
+inline float ptx_rsqrt_approx(float a) {
+  return approximate(static_cast<float>(1 / std::sqrt(double{a})));
+}
+inline float ptx_div_full(float a, float b) { return approximate(a / b); }
 template <class V>
 inline V ptx_rcp(V a) {
   return V(1) / a;

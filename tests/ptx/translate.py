@@ -147,7 +147,7 @@ class Kernel:
             x, y = (self.value(v, kind) for v in a[1:3])
             return self.put(a[0], f"{x} {dict(INFIX, xor='!=')[op[0]]} {y}", kind)
         if op[0] in CALLS:
-            more = "_approx" if "approx" in op else "_nan" if "NaN" in op else ""
+            more = {"approx": "_approx", "full": "_full", "NaN": "_nan"}.get(op[1], "")
             given = [f"flush({x})" if flushes else x for x in (self.value(v, kind) for v in a[1:])]
             return self.put(a[0], f"ptx_{op[0]}{more}({', '.join(given)})", kind)
         raise Unknown(text)
