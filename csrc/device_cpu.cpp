@@ -1,4 +1,7 @@
 // The CPU's kernels as the operators see them: tasks become pointers, partial sums are added up.
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+
 #include "device_kernels.h"
 #include "formulas/all.h"
 #include "triton.h"

@@ -21,7 +21,7 @@ def divergence(
     which lie far apart in memory, torch sums what it makes of each element."""
     if prior is not None and (dtype := prior[0].dtype) != mu.dtype:
         mu, logvar = mu.to(dtype), logvar.to(dtype)
-    batch, event = mu.shape[:batch_dims], mu.shape[batch_dims:]
+    batch = mu.shape[:batch_dims]
 
     def rows(t: Tensor) -> Tensor:
         if per != "sample":

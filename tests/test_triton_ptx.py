@@ -72,7 +72,10 @@ CHOSEN = [
     "latent::test_each_row_draws_the_noise_of_its_index[triton-64-3-rsample]",
     "latent::test_sample_rows_of_whole_counters[triton-float64-rsample_kl]",
     "latent::test_sample_rows_of_whole_counters[triton-bfloat16-rsample]",
-    "latent::test_sample_every_dtype_and_layout[triton-contiguous-float64-rsample_kl]",
+    *(
+        f"latent::test_sample_every_dtype_and_layout[triton-contiguous-{d}-rsample_kl]"
+        for d in WIDE
+    ),
     "sampling::test_rsample_draws_that_noise",
 ]
 # Those in which threads meet most.
@@ -125,8 +128,9 @@ def test_values_and_gradients(folder: Path) -> None:
         for kernel, families in (("rowwise_kernel", elements), ("sites_kernel", sites)):
             values = {f"{kernel} {family} {compute}" for family in families}
             wanted |= values | {f"{value} gradients" for value in values}
-        for kernel in ("sample_kernel", "sample_backward_kernel"):
-            wanted |= {f"{kernel} {compute}", f"{kernel} {compute} four"}
+        for way in ("", "backward_"):
+            wanted |= {f"sample_{way}kernel {compute} four", f"sample_stream_{way}kernel {compute}"}
+            wanted |= {f"sample_{way}kernel fp32"}  # row by row: a sample_index, or several draws
         wanted |= {f"scale_grad_kernel {compute}", "elbo_reduce_kernel"}
         assert wanted - set(launched) == set()
 

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import build
 import pytest
 from translate import translate
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+import build
 import fastvae._backends.triton as backend
 from fastvae._triton.launch import launches_to, options
 
