@@ -5,14 +5,8 @@ from fastvae._backends import Backend, Terms, backends
 from fastvae._backends.cpp import empty_cache
 from fastvae.diagnostics import Diagnosis, diagnose
 from fastvae.distributions import DiagonalNormal, from_distribution
-from fastvae.functional import (
-    elbo_loss,
-    elbo_terms,
-    kl_divergence,
-    log_likelihood,
-    rsample,
-    rsample_kl,
-)
+from fastvae.functional import kl_divergence, log_likelihood, rsample, rsample_kl
+from fastvae.loss import elbo_loss, elbo_terms
 from fastvae.modules import ELBOLoss
 
 __version__ = "0.1.0"

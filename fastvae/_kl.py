@@ -36,9 +36,10 @@ def divergence(
     if per == "element":
         return kl.view(mu.shape)
     if per == "dimension":
-        over = tuple(range(batch_dims))
-        kept = max(batch.numel(), 1) if mask is None else mask.sum(over).clamp(min=1)
-        return kl.view(mu.shape).sum(over) / kept if over else kl.view(mu.shape)
+        kl, over = kl.view(mu.shape), tuple(range(batch_dims))
+        if not over or batch.numel() == 0:
+            return kl.sum(over) if over else kl
+        return kl.mean(over) if mask is None else kl.sum(over) / mask.sum(over).clamp(min=1)
     return kl if batch_dims == 1 else kl.view(batch)
 
 

@@ -13,8 +13,8 @@ from fastvae._kl import FREE_BITS_PER
 from fastvae._latents import Posterior
 from fastvae._validation import REDUCTIONS, Recon, check_beta, check_choice, check_weight
 from fastvae.diagnostics import NonFinite
-from fastvae.functional import CallOptions, evaluate
 from fastvae.likelihoods import Likelihood
+from fastvae.loss import CallOptions, evaluate
 
 
 class ELBOLoss(nn.Module):
