@@ -2,7 +2,7 @@
 them. Checked once, before any memory is touched, and brought to mu and logvar."""
 
 import numbers
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -10,11 +10,10 @@ from torch.distributions import Distribution, Independent, Normal
 
 from fastvae._backends import Prior
 from fastvae._backends._common import readable
-from fastvae._validation import broadcasts, check_floating, shape
+from fastvae._validation import broadcasts, check_floating, check_mask, shape
 from fastvae.likelihoods._base import number
 
 
-@runtime_checkable
 class HasLogvar(Protocol):
     """What diffusers' DiagonalGaussianDistribution has, among others."""
 
@@ -29,10 +28,16 @@ _SPREADS = ("logvar", "std", "log_std")
 
 
 def latent(
-    mu: Posterior, logvar: Tensor | None, std: Tensor | None = None, log_std: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """mu and ln σ²; raises unless they are dense floating tensors alike, with a batch dimension,
-    and exactly one of the three is given, or none beside a distribution.
+    mu: Posterior,
+    logvar: Tensor | None,
+    std: Tensor | None = None,
+    log_std: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_name: str = "mask",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """mu, ln σ² and the mask in their shape; raises unless the two are dense floating tensors
+    alike, with a batch dimension, and exactly one of the three is given, or none beside a
+    distribution.
 
     Under autocast, which gives some ops' outputs in float32 among others', their dtypes may differ:
     then both come back in the wider one. Of a 16-bit std, whose logarithm 16 bits would round far
@@ -40,7 +45,8 @@ def latent(
     """
     given = [(n, t) for n, t in zip(_SPREADS, (logvar, std, log_std), strict=True) if t is not None]
     if not given and (found := of_batch(mu)) is not None:
-        return check_latent(*found)
+        mu, spread = check_latent(*found)
+        return mu, spread, check_mask(mask, mu, mask_name, "mu")
     check_floating("mu", cast(Tensor, mu))
     mu = cast(Tensor, mu)
     if len(given) != 1:
@@ -48,13 +54,16 @@ def latent(
         raise ValueError(f"beside mu give exactly one of logvar, std and log_std, got {names}")
     ((name, spread),) = given
     mu, spread = check_latent(mu, spread, name)
+    mask = check_mask(mask, mu, mask_name, "mu")
     if name == "logvar":
-        return mu, spread
+        return mu, spread, mask
     if name == "log_std":
-        return mu, 2 * spread
+        return mu, 2 * spread, mask
+    if mask is not None:  # whose logarithm nobody must see, nor its derivative
+        spread = torch.where(mask, spread, 1)
     if readable(spread) and bool((spread <= 0).any()):
         raise ValueError(f"std must be above 0, got {spread.min().item()}")
-    return _wide(mu), _wide(spread).log() * 2
+    return _wide(mu), _wide(spread).log() * 2, mask
 
 
 def _wide(t: Tensor) -> Tensor:

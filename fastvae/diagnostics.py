@@ -63,7 +63,7 @@ def diagnose(
             without the other, or of another shape.
     """
     with torch.no_grad():
-        mu, logvar = latent(mu, logvar, std, log_std)
+        mu, logvar, _ = latent(mu, logvar, std, log_std)
         if mu.shape[0] == 0:
             raise ValueError(f"mu must hold at least one sample, got {list(mu.shape)}")
         if (loss is None) != (x is None):

@@ -54,7 +54,7 @@ class DiagonalNormal(Distribution):
         log_std: Tensor | None = None,
         batch_dims: int = 1,
     ) -> None:
-        self.mu, self.logvar = latent(mu, logvar, std, log_std)
+        self.mu, self.logvar, _ = latent(mu, logvar, std, log_std)
         check_batch_dims(self.mu, batch_dims)
         shape = self.mu.shape
         super().__init__(shape[:batch_dims], shape[batch_dims:], validate_args=bool(validate_args))

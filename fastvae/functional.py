@@ -82,12 +82,12 @@ def rsample(
         z = cpp.direct.rsample(mu, logvar, sample_offset)
         if z is not None:
             return z
-    mean, logvar = latent(mu, logvar, std, log_std)
+    mean, logvar, _ = latent(mu, logvar, std, log_std)
     check_stream(mean, num_samples, sample_offset, sample_index)
     ops = select(backend, mean.device)
     key = _seed(ops, mean, generator, seed)
     z = ops.rsample(mean, logvar, key, num_samples, sample_offset, sample_index)
-    return z if std is None else z.to(_dtype(mu))
+    return z if std is None else z.to(_dtype(mu, std))
 
 
 def rsample_kl(
@@ -123,11 +123,11 @@ def rsample_kl(
         sample = cpp.direct.rsample_kl(mu, logvar, sample_offset)
         if sample is not None:
             return sample
-    mean, logvar = latent(mu, logvar, std, log_std)
+    mean, logvar, mask = latent(mu, logvar, std, log_std, mask)
     check_stream(mean, num_samples, sample_offset, sample_index)
     _check_sum(mean, batch_dims, per)
     expanded = None if prior is None else expand_prior(prior, mean)
-    if (mask := check_mask(mask, mean, of="mu")) is not None:  # a KL of 0 to N(0, I)
+    if mask is not None:  # a KL of 0 to N(0, I)
         mean, logvar = torch.where(mask, mean, 0), torch.where(mask, logvar, 0)
     ops = select(backend, mean.device)
     key = _seed(ops, mean, generator, seed)
@@ -136,7 +136,7 @@ def rsample_kl(
     else:
         z = ops.rsample(mean, logvar, key, num_samples, sample_offset, sample_index)
         kl = divergence(ops, mean, logvar, expanded, mask, batch_dims, per)
-    return z if std is None else z.to(_dtype(mu)), kl
+    return z if std is None else z.to(_dtype(mu, std)), kl
 
 
 def kl_divergence(
@@ -179,10 +179,9 @@ def kl_divergence(
             batch_dims than mu has, unknown `per`, unknown or unavailable backend.
         TypeError: not floating tensors, or dtypes differ (under autocast the widest is taken).
     """
-    mean, logvar = latent(mu, logvar, std, log_std)
+    mean, logvar, mask = latent(mu, logvar, std, log_std, mask)
     _check_sum(mean, batch_dims, per)
     expanded = None if prior is None else expand_prior(prior, mean)
-    mask = check_mask(mask, mean, of="mu")
     return divergence(select(backend, mean.device), mean, logvar, expanded, mask, batch_dims, per)
 
 
@@ -191,9 +190,9 @@ def _check_sum(mu: Tensor, batch_dims: int, per: str) -> None:
     check_choice("per", per, ("sample", "dimension", "element"))
 
 
-def _dtype(mu: Posterior) -> torch.dtype:
-    """Of a mu that came with a std: a tensor's."""
-    return cast(Tensor, mu).dtype
+def _dtype(mu: Posterior, std: Tensor) -> torch.dtype:
+    """Of a sample by them, which under autocast may differ."""
+    return torch.promote_types(cast(Tensor, mu).dtype, std.dtype)
 
 
 def log_likelihood(

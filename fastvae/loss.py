@@ -81,9 +81,9 @@ def elbo_loss(
         free_bits: λ ≥ 0, in nats: what of the KL lies below gives no gradient, so that latents
             don't collapse; 0 if left out.
         free_bits_per: what λ bounds (b counts samples, j latents): "dimension", the default,
-            Σ_j max(λ, mean_b KL_bj), as published (Kingma et al. 2016, equation 15); "element",
-            Σ_j max(λ, KL_bj); "sample", max(λ, KL_b); "batch", max(λ, mean_b KL_b). A value of the
-            whole batch is each of its samples'. Only the last two go with `kl`.
+            Σ_j max(λ, mean_b KL_bj), as published (the free bits of Kingma et al. 2016);
+            "element", Σ_j max(λ, KL_bj); "sample", max(λ, KL_b); "batch", max(λ, mean_b KL_b). A
+            value of the whole batch is each of its samples'. Only the last two go with `kl`.
         prior: as in `kl_divergence`; only together with mu and logvar.
         kl_mask: the mask of `kl_divergence`, bool, broadcastable to mu; only together with it.
         sample_weight: w, [B], floating; gradients flow to it. "mean" stays the plain mean of the
@@ -107,9 +107,8 @@ def elbo_loss(
         ValueError, TypeError: as `log_likelihood` and `kl_divergence`; also for neither or both of
             kl and (mu, logvar), an unknown reduction or free_bits_per, a beta or free_bits that is
             not finite and ≥ 0, free bits per dimension or element of a `kl`, both differentiable
-            and inplace_backward; with
-            inplace_backward, a recon that is a leaf, not contiguous, or in memory that another
-            argument uses.
+            and inplace_backward; with inplace_backward, a recon that is a leaf, not contiguous, or
+            in memory that another argument uses.
     """
     return evaluate(recon, x, mu, logvar, **options)[0].loss
 
@@ -187,14 +186,13 @@ def evaluate(
         if mu is None:
             given = "logvar" if logvar is not None else "none of them"
             raise ValueError(f"give mu and logvar, or kl, got {given}")
-        mean, logvar = latent(mu, logvar, std, log_std)
+        mean, logvar, kept = latent(mu, logvar, std, log_std, kl_mask, "kl_mask")
         if mean.shape[0] != x.shape[0] or mean.device != x.device:
             raise ValueError(
                 f"mu and x must agree in batch size and device, got {shape(mean)} on "
                 f"{mean.device} and {shape(x)} on {x.device}"
             )
         expanded = None if prior is None else expand_prior(prior, mean)
-        kept = check_mask(kl_mask, mean, "kl_mask", "mu")
         per = free_bits_per if floor > 0 and free_bits_per != "batch" else "sample"
         kl = divergence(ops, mean, logvar, expanded, kept, 1, per)
         kl = floored(kl, floor, free_bits_per, kept)

@@ -84,6 +84,15 @@ def test_std_and_log_std_in_place_of_logvar(name: str, dtype: torch.dtype, backe
     torch.testing.assert_close(fused[1], kl, rtol=8 * EPS, atol=0)
 
 
+def test_std_under_autocast() -> None:
+    """The wider of two dtypes is the sample's, as with a logvar."""
+    mu, std = torch.randn(3, 4).bfloat16(), torch.rand(3, 4) + 0.5
+    with torch.autocast("cpu"):
+        for a, b in ((mu, std), (mu.float(), std.bfloat16()), (mu, std.bfloat16())):
+            wide = torch.promote_types(a.dtype, b.dtype)
+            assert fastvae.rsample(a, std=b).dtype == fastvae.rsample(a, b).dtype == wide
+
+
 def test_kl_of_std_near_one_and_down_to_the_smallest(backend: str) -> None:
     """½ (σ² − 1 − 2 ln σ) cancels near 1, and σ² underflows below 1e-19."""
     close = 1 + torch.tensor([0.0, 1e-6, -1e-6, 1e-4, -1e-3, 0.02, -0.3, 0.5])
@@ -283,6 +292,23 @@ def test_a_mask_of_the_latents(where: str, prior: bool, fused: bool, backend: st
     torch.testing.assert_close(kl.double(), want, rtol=1e-5, atol=1e-6)
     for got, exact in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [math.nan, 0.0, -1.0])
+@pytest.mark.parametrize("fused", [False, True], ids=["kl_divergence", "rsample_kl"])
+def test_a_masked_std_may_be_anything(padding: float, fused: bool, quick_backend: str) -> None:
+    mask = torch.tensor([True, False, True])[:, None]
+    mu = torch.randn(3, 5, requires_grad=True)
+    std = torch.rand(3, 5).add(0.5).where(mask, padding).requires_grad_()
+    options = {"std": std, "mask": mask, "backend": quick_backend}
+    kl = fastvae.rsample_kl(mu, **options)[1] if fused else fastvae.kl_divergence(mu, **options)
+    assert kl[1] == 0 and kl.isfinite().all()
+    for grad in torch.autograd.grad(kl.sum(), [mu, std]):
+        assert torch.equal(grad[1], torch.zeros(5)) and grad.isfinite().all()
+    x, logits = torch.rand(3, 4), torch.randn(3, 4)
+    loss = fastvae.elbo_loss(logits, x, mu, std=std, kl_mask=mask, backend=quick_backend)
+    want = fastvae.elbo_loss(logits, x, kl=kl, backend=quick_backend)
+    torch.testing.assert_close(loss, want)
 
 
 def test_a_masked_sample_has_no_gradient(quick_backend: str) -> None:
