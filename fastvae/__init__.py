@@ -1,6 +1,6 @@
 """fastvae: fused kernels for the evidence lower bound of variational autoencoders."""
 
-from fastvae import likelihoods, schedules
+from fastvae import export, likelihoods, schedules
 from fastvae._backends import Backend, Terms, backends
 from fastvae._backends.cpp import empty_cache
 from fastvae.diagnostics import Diagnosis, diagnose
@@ -22,6 +22,7 @@ __all__ = [
     "elbo_loss",
     "elbo_terms",
     "empty_cache",
+    "export",
     "from_distribution",
     "kl_divergence",
     "likelihoods",

@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastvae._backends import Ops, Prior
+from fastvae._composite import compute_dtype
 
 FREE_BITS_PER = ("dimension", "element", "sample", "batch")
 
@@ -44,15 +46,19 @@ def divergence(
 
 
 def floored(kl: Tensor, floor: float, per: str, mask: Tensor | None = None) -> Tensor:
-    """Free bits of a KL per element, per dimension or, for the other two, per sample: [B], or the
-    batch's, []. What is masked out has none."""
+    """Free bits of a KL per sample or, of "dimension" and "element", per element: [B], or the
+    batch's, []. What is masked out has none; a mean is over the batch all the same."""
     if floor == 0:
         return kl
-    if per == "batch":
-        return kl.mean().clamp(min=floor)
-    free = kl.clamp(min=floor)
-    if per == "sample":
-        return free
-    if mask is not None:
-        free = torch.where(mask.any(0) if per == "dimension" else mask, free, 0)
-    return free.sum() if per == "dimension" else free.flatten(1).sum(1) if kl.dim() > 1 else free
+    kl = kl.to(compute_dtype(kl.dtype))
+    if per in ("dimension", "batch"):
+        kl = kl.mean(0)
+        mask = None if mask is None or per == "batch" else mask.any(0)
+    elif per == "sample" and mask is not None:
+        mask = mask.flatten(1).any(1) if mask.dim() > 1 else mask
+    # Traced, a number would be a constant, and each a graph of its own.
+    free = kl.clamp(min=kl.new_ones(()) * floor if is_compiling() else floor)
+    free = free if mask is None else torch.where(mask, free, 0)
+    if per == "dimension":
+        return free.sum()
+    return free.flatten(1).sum(1) if free.dim() > 1 else free

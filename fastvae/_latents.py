@@ -10,6 +10,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from fastvae._backends import Prior
 from fastvae._backends._common import readable
+from fastvae._composite import compute_dtype
 from fastvae._validation import broadcasts, check_floating, check_mask, shape
 from fastvae.likelihoods._base import number
 
@@ -17,8 +18,10 @@ from fastvae.likelihoods._base import number
 class HasLogvar(Protocol):
     """What diffusers' DiagonalGaussianDistribution has, among others."""
 
-    mean: Tensor
-    logvar: Tensor
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def logvar(self) -> Tensor: ...
 
 
 Posterior = Tensor | Distribution | HasLogvar
@@ -44,7 +47,7 @@ def latent(
     more than std itself is, both come back in float32.
     """
     given = [(n, t) for n, t in zip(_SPREADS, (logvar, std, log_std), strict=True) if t is not None]
-    if not given and (found := of_batch(mu)) is not None:
+    if not given and (found := of_posterior(mu, mask)) is not None:
         mu, spread = check_latent(*found)
         return mu, spread, check_mask(mask, mu, mask_name, "mu")
     check_floating("mu", cast(Tensor, mu))
@@ -94,39 +97,74 @@ def check_latent(mu: Tensor, spread: Tensor, name: str = "logvar") -> tuple[Tens
     return mu.to(wide), spread.to(wide)
 
 
-def of_distribution(q: object) -> tuple[Tensor, Tensor] | None:
+def of_distribution(q: object, mask: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
     """mean and ln σ² of what has them; None for anything else."""
     if isinstance(q, (Tensor, type, tuple, list)):
         return None
-    d = q.base_dist if isinstance(q, Independent) else q
-    if isinstance(d, Normal):
-        return _wide(d.loc), 2 * _wide(d.scale).log()
+    if (d := _normal(q)) is not None:
+        scale = _wide(d.scale)
+        fits = isinstance(mask, Tensor) and mask.dtype == torch.bool
+        if fits and mask is not None:  # whose logarithm nobody must see, nor its derivative
+            scale = torch.where(mask, scale, 1)
+        return _wide(d.loc), 2 * scale.log()
     for name in ("mu", "mean"):
-        mean, logvar = getattr(d, name, None), getattr(d, "logvar", None)
+        mean, logvar = getattr(q, name, None), getattr(q, "logvar", None)
         if isinstance(mean, Tensor) and isinstance(logvar, Tensor):
             return mean, logvar
     return None
 
 
-def of_batch(q: object) -> tuple[Tensor, Tensor] | None:
-    """The same of a posterior, whose dimension 0 is the batch."""
+def _normal(q: object) -> Normal | None:
+    d = q.base_dist if isinstance(q, Independent) else q
+    return d if isinstance(d, Normal) else None
+
+
+def of_posterior(q: object, mask: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    """The same of what is sampled."""
     if isinstance(q, Tensor):
         return None
-    if isinstance(q, Independent) and isinstance(q.base_dist, Normal) and len(q.batch_shape) != 1:
+    if getattr(q, "deterministic", False):
+        raise ValueError("q is deterministic: take its mean, there is nothing to sample")
+    if (d := _normal(q)) is not None:
+        mask = check_mask(mask, d.loc, of="mu")
+    return of_distribution(q, mask)
+
+
+def sample_dtype(mu: Posterior, std: Tensor | None) -> torch.dtype | None:
+    """Of a sample by a σ, which 16 bits had widened; None: as it comes."""
+    if std is not None:  # under autocast they may differ
+        return torch.promote_types(cast(Tensor, mu).dtype, std.dtype)
+    d = None if isinstance(mu, Tensor) else _normal(mu)
+    return None if d is None else torch.promote_types(d.loc.dtype, d.scale.dtype)
+
+
+def batch_dims_of(q: Posterior, batch_dims: int | None) -> int:
+    """How many dimensions the batch has: a distribution's own, else 1 unless it is said."""
+    own = None
+    if isinstance(q, Distribution) and not isinstance(q, Normal):
+        own = len(q.batch_shape)
+    if batch_dims is None:
+        return 1 if own is None else own
+    if own is not None and batch_dims != own:
+        raise ValueError(f"q has {own} batch dimensions, got batch_dims = {batch_dims}")
+    return batch_dims
+
+
+def check_one_batch_dim(q: Posterior) -> None:
+    """Raises unless a value per sample is one along dimension 0."""
+    if isinstance(q, Distribution) and batch_dims_of(q, None) != 1:
         raise ValueError(
             "q must have one batch dimension, the rest reinterpreted as the event, got "
             f"batch_shape {list(q.batch_shape)} and event_shape {list(q.event_shape)}"
         )
-    if getattr(q, "deterministic", False):
-        raise ValueError("q is deterministic: take its mean, there is nothing to sample")
-    return of_distribution(q)
 
 
-def expand_prior(prior: AnyPrior, mu: Tensor) -> Prior:
+def expand_prior(prior: AnyPrior, mu: Tensor, mask: Tensor | None = None) -> Prior:
     """The prior's parameters in mu's shape and dtype, or, of a distribution's and under autocast,
-    the widest dtype of the three; raises unless they fit.
+    the widest dtype of the three; beside a 16-bit mu a number makes it float32. Raises unless they
+    fit.
     """
-    found = of_distribution(prior)
+    found = of_distribution(prior, mask)
     pair = prior if found is None else found
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(
@@ -137,7 +175,8 @@ def expand_prior(prior: AnyPrior, mu: Tensor) -> Prior:
     tensors = tuple(_as_tensor(name, t, mu) for name, t in zip(names, pair, strict=True))
     for name, t in zip(names, tensors, strict=True):
         check_floating(name, t)
-        if t.dtype != mu.dtype and found is None and not _under_autocast(mu):
+        strict = found is None and t.dim() > 0 and not _under_autocast(mu)
+        if t.dtype != mu.dtype and strict:
             raise TypeError(f"{name} must have mu's dtype {mu.dtype}, got {t.dtype}")
         if t.device != mu.device:
             raise ValueError(f"{name} must be on mu's device {mu.device}, got {t.device}")
@@ -153,15 +192,14 @@ def expand_prior(prior: AnyPrior, mu: Tensor) -> Prior:
 def _as_tensor(name: str, value: Any, mu: Tensor) -> Tensor:
     """A number, or a tensor of no dimension, as a tensor like mu; anything else as it is."""
     if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
-        return beside(value, mu).to(mu.dtype)
+        return beside(value, mu).to(compute_dtype(mu.dtype))
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return cast(Tensor, value)
     found, most = number(name, value), torch.finfo(mu.dtype).max
     if not -most <= found <= most:
         raise ValueError(f"{name} must be a finite {mu.dtype}, got {found}")
-    return (
-        mu.new_ones(()) * found
-    )  # not new_full, which would make it a constant of a compiled graph
+    one = mu.new_ones((), dtype=compute_dtype(mu.dtype))
+    return one * found  # not new_full, which would make it a constant of a compiled graph
 
 
 def beside(t: Tensor, like: Tensor) -> Tensor:

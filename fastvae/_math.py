@@ -65,6 +65,9 @@ def _half_phi_series(d: Tensor) -> Tensor:
     """½ (e^d − 1 − d) for |d| ≤ 1, to half a rounding."""
     last = 19 if d.dtype == torch.float64 else 12
     series = d / math.factorial(last)
-    for k in range(last - 1, 2, -1):  # in place: a fresh tensor costs more than its elements
-        series.add_(1 / math.factorial(k)).mul_(d)
+    for k in range(last - 1, 2, -1):
+        if type(d) is Tensor:  # in place: a fresh tensor costs more than its elements
+            series.add_(1 / math.factorial(k)).mul_(d)
+        else:  # an exported program has no operators in place
+            series = (series + 1 / math.factorial(k)) * d
     return (0.5 * series + 0.25) * d * d

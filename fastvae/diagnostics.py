@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvae import functional
 from fastvae._backends import select
-from fastvae._latents import AnyPrior, Posterior, latent
+from fastvae._latents import AnyPrior, Posterior, check_one_batch_dim, latent
 
 
 class Diagnosis(NamedTuple):
@@ -63,6 +63,7 @@ def diagnose(
             without the other, or of another shape.
     """
     with torch.no_grad():
+        check_one_batch_dim(mu)
         mu, logvar, _ = latent(mu, logvar, std, log_std)
         if mu.shape[0] == 0:
             raise ValueError(f"mu must hold at least one sample, got {list(mu.shape)}")

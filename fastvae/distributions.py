@@ -12,7 +12,14 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 
 from fastvae import functional
 from fastvae._composite import compute_dtype
-from fastvae._latents import HasLogvar, beside, latent, of_batch, of_distribution
+from fastvae._latents import (
+    HasLogvar,
+    beside,
+    check_one_batch_dim,
+    latent,
+    of_distribution,
+    of_posterior,
+)
 from fastvae._validation import check_batch_dims
 
 
@@ -167,7 +174,8 @@ def from_distribution(q: Distribution | HasLogvar) -> DiagonalNormal:
     """
     if isinstance(q, DiagonalNormal):
         return q
-    if (found := of_batch(q)) is not None:
+    if (found := of_posterior(q)) is not None:
+        check_one_batch_dim(q)
         return DiagonalNormal(*found)
     inside = f" of {type(q.base_dist).__name__}" if isinstance(q, Independent) else ""
     raise TypeError(

@@ -15,7 +15,14 @@ from torch.compiler import is_compiling
 from fastvae import likelihoods
 from fastvae._backends import Ops, cpp, select
 from fastvae._kl import divergence
-from fastvae._latents import AnyPrior, Posterior, expand_prior, latent
+from fastvae._latents import (
+    AnyPrior,
+    Posterior,
+    batch_dims_of,
+    expand_prior,
+    latent,
+    sample_dtype,
+)
 from fastvae._validation import (
     Recon,
     check_batch_dims,
@@ -87,7 +94,8 @@ def rsample(
     ops = select(backend, mean.device)
     key = _seed(ops, mean, generator, seed)
     z = ops.rsample(mean, logvar, key, num_samples, sample_offset, sample_index)
-    return z if std is None else z.to(_dtype(mu, std))
+    dtype = sample_dtype(mu, std)
+    return z if dtype is None else z.to(dtype)
 
 
 def rsample_kl(
@@ -97,7 +105,7 @@ def rsample_kl(
     std: Tensor | None = None,
     log_std: Tensor | None = None,
     prior: AnyPrior | None = None,
-    batch_dims: int = 1,
+    batch_dims: int | None = None,
     per: str = "sample",
     mask: Tensor | None = None,
     num_samples: int | None = None,
@@ -118,25 +126,34 @@ def rsample_kl(
     """
     common = num_samples is None and generator is None and seed is None and sample_index is None
     common = common and std is None and log_std is None
-    plain = prior is None and type(batch_dims) is int and batch_dims == 1 and per == "sample"
-    if common and plain and mask is None and backend == "auto" and not is_compiling():
+    usual = batch_dims is None or (type(batch_dims) is int and batch_dims == 1)
+    if (
+        common
+        and usual
+        and prior is None
+        and per == "sample"
+        and mask is None
+        and backend == "auto"
+        and not is_compiling()
+    ):
         sample = cpp.direct.rsample_kl(mu, logvar, sample_offset)
         if sample is not None:
             return sample
     mean, logvar, mask = latent(mu, logvar, std, log_std, mask)
     check_stream(mean, num_samples, sample_offset, sample_index)
-    _check_sum(mean, batch_dims, per)
-    expanded = None if prior is None else expand_prior(prior, mean)
+    batch_dims = _check_sum(mu, mean, batch_dims, per)
+    expanded = None if prior is None else expand_prior(prior, mean, mask)
     if mask is not None:  # a KL of 0 to N(0, I)
         mean, logvar = torch.where(mask, mean, 0), torch.where(mask, logvar, 0)
     ops = select(backend, mean.device)
     key = _seed(ops, mean, generator, seed)
-    if plain:
+    if prior is None and batch_dims == 1 and per == "sample":
         z, kl = ops.rsample_kl(mean, logvar, key, num_samples, sample_offset, sample_index)
     else:
         z = ops.rsample(mean, logvar, key, num_samples, sample_offset, sample_index)
         kl = divergence(ops, mean, logvar, expanded, mask, batch_dims, per)
-    return z if std is None else z.to(_dtype(mu, std)), kl
+    dtype = sample_dtype(mu, std)
+    return z if dtype is None else z.to(dtype), kl
 
 
 def kl_divergence(
@@ -146,7 +163,7 @@ def kl_divergence(
     std: Tensor | None = None,
     log_std: Tensor | None = None,
     prior: AnyPrior | None = None,
-    batch_dims: int = 1,
+    batch_dims: int | None = None,
     per: str = "sample",
     mask: Tensor | None = None,
     backend: str = "auto",
@@ -163,7 +180,8 @@ def kl_divergence(
             shape; or what has them: a ``torch.distributions.Normal``, a `DiagonalNormal`, a module
             with learned ``mu`` and ``logvar``. N(0, I) if left out. Gradients flow to it.
         batch_dims: how many leading dimensions are not summed over: 2 for a value per sequence and
-            step, [B, T, L] to [B, T]; 0 for a variable without a batch, a layer's weights.
+            step, [B, T, L] to [B, T]; 0 for a variable without a batch, a layer's weights. Those
+            of a `DiagonalNormal` or an ``Independent``, else 1, if left out.
         per: "sample"; "dimension" for the mean over the batch dimensions, one value for each
             element of the event; "element" for no sum at all.
         mask: bool, broadcastable to mu. False leaves the element out: value and gradient are 0
@@ -180,19 +198,17 @@ def kl_divergence(
         TypeError: not floating tensors, or dtypes differ (under autocast the widest is taken).
     """
     mean, logvar, mask = latent(mu, logvar, std, log_std, mask)
-    _check_sum(mean, batch_dims, per)
-    expanded = None if prior is None else expand_prior(prior, mean)
+    batch_dims = _check_sum(mu, mean, batch_dims, per)
+    expanded = None if prior is None else expand_prior(prior, mean, mask)
     return divergence(select(backend, mean.device), mean, logvar, expanded, mask, batch_dims, per)
 
 
-def _check_sum(mu: Tensor, batch_dims: int, per: str) -> None:
-    check_batch_dims(mu, batch_dims)
+def _check_sum(q: Posterior, mu: Tensor, batch_dims: int | None, per: str) -> int:
+    """The batch's dimensions."""
+    dims = batch_dims_of(q, batch_dims)
+    check_batch_dims(mu, dims)
     check_choice("per", per, ("sample", "dimension", "element"))
-
-
-def _dtype(mu: Posterior, std: Tensor) -> torch.dtype:
-    """Of a sample by them, which under autocast may differ."""
-    return torch.promote_types(cast(Tensor, mu).dtype, std.dtype)
+    return dims
 
 
 def log_likelihood(

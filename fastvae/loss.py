@@ -13,7 +13,7 @@ from fastvae._backends import Terms, cpp, select
 from fastvae._backends._common import Beta
 from fastvae._backends.eager import combined
 from fastvae._kl import FREE_BITS_PER, divergence, floored
-from fastvae._latents import AnyPrior, Posterior, expand_prior, latent
+from fastvae._latents import AnyPrior, Posterior, check_one_batch_dim, expand_prior, latent
 from fastvae._validation import (
     REDUCTIONS,
     Recon,
@@ -156,6 +156,7 @@ def evaluate(
     check_choice("reduction", reduction, REDUCTIONS)
     beta = check_beta(beta)
     floor = check_weight("free_bits", free_bits)
+    check_choice("free_bits_per", free_bits_per, FREE_BITS_PER)
     common = mu is None and logvar is None and std is None and log_std is None and prior is None
     common = common and mask is None and kl_mask is None and floor == 0 and not differentiable
     common = common and sample_weight is None and not inplace_backward and backend == "auto"
@@ -168,7 +169,6 @@ def evaluate(
     params = check_recon(recon, x, family)
     mask = family.kept(x, check_mask(mask, x))
     weight = check_per_sample("sample_weight", sample_weight, x)
-    check_choice("free_bits_per", free_bits_per, FREE_BITS_PER)
     ops = select(backend, x.device)
     if kl is not None:
         beside = {"mu": mu, "logvar": logvar, "std": std, "log_std": log_std, "prior": prior}
@@ -192,8 +192,10 @@ def evaluate(
                 f"mu and x must agree in batch size and device, got {shape(mean)} on "
                 f"{mean.device} and {shape(x)} on {x.device}"
             )
-        expanded = None if prior is None else expand_prior(prior, mean)
-        per = free_bits_per if floor > 0 and free_bits_per != "batch" else "sample"
+        check_one_batch_dim(mu)
+        expanded = None if prior is None else expand_prior(prior, mean, kept)
+        of_elements = floor > 0 and free_bits_per in ("dimension", "element")
+        per = "element" if of_elements else "sample"
         kl = divergence(ops, mean, logvar, expanded, kept, 1, per)
         kl = floored(kl, floor, free_bits_per, kept)
     kl = kl.expand(x.shape[:1]) if kl.dim() == 0 else kl

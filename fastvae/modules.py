@@ -40,6 +40,10 @@ class ELBOLoss(nn.Module):
         >>> loss = criterion(decoder(z), x, kl=kl)
     """
 
+    # Of a module that an older version has pickled.
+    free_bits: float = 0.0
+    free_bits_per: str = "dimension"
+
     def __init__(
         self,
         likelihood: str | Likelihood = "bernoulli",

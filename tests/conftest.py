@@ -28,7 +28,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # marked quick.
 SLOW_FILES = ("aot", "demo", "distributed", "docs", "examples", "integrations", "processes")
 SLOW_FILES += ("setup", "properties", "mistakes", "changed_inputs", "contributing", "cuda_kernels")
-SLOW_FILES += ("triton_ptx",)
+SLOW_FILES += ("export", "triton_ptx")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

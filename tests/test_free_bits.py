@@ -11,6 +11,7 @@ from cases import run, upstream_like
 from test_latent import latents
 from test_latents import kl_oracle, with_prior
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastvae
 from fastvae import reference
@@ -75,6 +76,59 @@ def test_what_is_masked_out_has_no_free_bits(per: str, quick_backend: str) -> No
     got = fastvae.elbo_loss(logits, x, mu, logvar, kl_mask=kept, **options)
     want = fastvae.elbo_loss(logits, x, mu[:, :4], logvar[:, :4], **options)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("per", FREE)
+def test_free_bits_of_none_are_no_free_bits(per: str, quick_backend: str) -> None:
+    """Sequences of several lengths: the mean stays that over the batch."""
+    x, logits = torch.rand(5, 3), torch.randn(5, 3)
+    latent = [t.requires_grad_() for t in latents((5, 4, 2), torch.float32)]
+    kept = (torch.arange(4) < torch.tensor([4, 3, 2, 1, 0])[:, None])[..., None]
+    losses = [
+        fastvae.elbo_loss(
+            logits, x, *latent, kl_mask=kept, free_bits=bits, free_bits_per=per,
+            backend=quick_backend,
+        )
+        for bits in (0.0, 1e-30)
+    ]  # fmt: skip
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, latent) for loss in losses))
+
+
+def test_a_sample_that_is_masked_out_has_no_free_bits(quick_backend: str) -> None:
+    x, latent = torch.zeros(4, 1), torch.zeros(4, 3)
+    kept = torch.tensor([True, True, False, False])[:, None]
+    for per, want in (("element", 3.0), ("sample", 1.0)):
+        terms = fastvae.elbo_terms(
+            x, x, latent, latent, kl_mask=kept, free_bits=1.0, free_bits_per=per,
+            reduction="none", backend=quick_backend,
+        )  # fmt: skip
+        torch.testing.assert_close(terms.kl, want * kept[:, 0].float())
+
+
+def test_free_bits_of_a_16_bit_kl(quick_backend: str) -> None:
+    x, kl = torch.zeros(2, 1), torch.tensor([1.0, 2.0]).half()
+    options = {"free_bits": 1e5, "free_bits_per": "sample", "backend": quick_backend}
+    assert fastvae.elbo_terms(x, x, kl=kl, **options).kl == 1e5
+
+
+def test_free_bits_that_change_compile_twice() -> None:
+    criterion = fastvae.ELBOLoss()
+    x, logits, latent = torch.rand(4, 5), torch.randn(4, 5), latents((4, 3), torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
+    for bits in torch.linspace(0.1, 1, 6).tolist():
+        criterion.free_bits = bits
+        torch.testing.assert_close(compiled(logits, x, *latent), criterion(logits, x, *latent))
+    assert counter.frame_count <= 2
+
+
+def test_a_loss_pickled_before_there_were_free_bits() -> None:
+    old = fastvae.ELBOLoss()
+    del old.__dict__["free_bits"], old.__dict__["free_bits_per"]
+    assert "free_bits" not in repr(old)
+    loss = old(*torch.zeros(2, 2, 3), kl=torch.zeros(2))
+    torch.testing.assert_close(loss, torch.tensor(3 * math.log(2)))
 
 
 def test_bad_free_bits() -> None:

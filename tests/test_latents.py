@@ -166,8 +166,6 @@ def test_a_distribution_where_mu_is(quick_backend: str) -> None:
         torch.testing.assert_close(fastvae.kl_divergence(q, backend=quick_backend), kl)
         torch.testing.assert_close(fastvae.elbo_loss(logits, x, q, backend=quick_backend), loss)
         torch.testing.assert_close(fastvae.diagnose(q, backend=quick_backend).kl, kl.mean())
-    with pytest.raises(ValueError, match="one batch dimension"):
-        fastvae.rsample(Independent(Normal(mu[None], std[None]), 1))
     with pytest.raises(TypeError, match=r"DiagonalNormal: pass q\.mu and q\.logvar"):
         fastvae.rsample(DiagonalNormal(mu, logvar), logvar)
 
@@ -200,6 +198,10 @@ def test_a_prior_of_numbers(dtype: torch.dtype, quick_backend: str) -> None:
     want = fastvae.kl_divergence(mu, logvar, prior=(0.5, -1.0), backend=quick_backend)
     learned = torch.tensor(0.5, requires_grad=True)
     given = [(learned, torch.tensor(-1.0)), (0.5, torch.tensor(-1.0).double())]
+    fine = fastvae.kl_divergence(mu.double(), logvar.double(), prior=(0.1, 0.2))
+    for prior in ((0.1, 0.2), Normal(0.1, torch.tensor(0.1).exp())):  # nothing 16 bits have
+        kl = fastvae.kl_divergence(mu, logvar, prior=prior, backend=quick_backend)
+        torch.testing.assert_close(kl, fine.to(kl.dtype), rtol=1e-5, atol=1e-6)
     for prior in (*given, Normal(0.5, torch.tensor(-0.5).exp())):
         kl = fastvae.kl_divergence(mu, logvar, prior=prior, backend=quick_backend)
         assert kl.dtype == compute_dtype(dtype)
@@ -338,6 +340,47 @@ def test_a_padded_sequence_in_one_call(quick_backend: str) -> None:
     torch.testing.assert_close(criterion(*padded, **masks), torch.stack(alone))
     with pytest.raises(ValueError, match="kl_mask"):
         criterion(*padded[:2], kl=torch.ones(2), **masks)
+
+
+@pytest.mark.parametrize("padding", [math.nan, 0.0])
+def test_a_masked_scale_of_a_distribution_may_be_anything(
+    padding: float, quick_backend: str
+) -> None:
+    mask = torch.tensor([True, False, True])[:, None]
+    mu, logvar = latents((3, 5), torch.float32)
+    scale = torch.rand(3, 5).add(0.5).where(mask, padding).requires_grad_()
+    q = Normal(mu, scale, validate_args=False)
+    options = {"mask": mask, "backend": quick_backend}
+    for kl in (
+        fastvae.kl_divergence(q, **options),
+        fastvae.kl_divergence(mu, logvar, prior=q, **options),
+    ):
+        (grad,) = torch.autograd.grad(kl.sum(), scale)
+        assert kl[1] == 0 and torch.equal(grad[1], torch.zeros(5)) and grad.isfinite().all()
+
+
+def test_the_batch_dimensions_of_a_distribution() -> None:
+    mu, logvar = latents((2, 4, 3), torch.float32)
+    std = (0.5 * logvar).exp()
+    for dims in (0, 1, 2):
+        want = fastvae.kl_divergence(mu, logvar, batch_dims=dims)
+        for q in (
+            DiagonalNormal(mu, logvar, batch_dims=dims),
+            Independent(Normal(mu, std), 3 - dims),
+        ):
+            torch.testing.assert_close(fastvae.kl_divergence(q), want)
+            torch.testing.assert_close(fastvae.rsample_kl(q, batch_dims=dims)[1], want)
+            assert fastvae.rsample(q).shape == mu.shape
+            with pytest.raises(ValueError, match=f"q has {dims} batch dimensions, got"):
+                fastvae.kl_divergence(q, batch_dims=dims + 1)
+    with pytest.raises(ValueError, match="q must have one batch dimension"):
+        fastvae.elbo_loss(*torch.rand(2, 2, 5), DiagonalNormal(mu, logvar, batch_dims=2))
+
+
+@dtypes
+def test_a_sample_has_the_dtype_of_its_normal(dtype: torch.dtype) -> None:
+    mu, std = torch.randn(3, 4).to(dtype), torch.rand(3, 4).add(0.5).to(dtype)
+    assert fastvae.rsample(Normal(mu, std)).dtype == fastvae.rsample(mu, std=std).dtype == dtype
 
 
 def test_bad_sums() -> None:

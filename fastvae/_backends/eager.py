@@ -194,7 +194,7 @@ def combined(rows: Tensor, kl: Tensor, weight: Tensor | None, beta: Beta, reduct
         loss = -ll
     else:
         loss = times_beta(kl, beta) - ll
-    parts = [loss, ll, kl]
+    parts = [loss, ll.to(loss.dtype), kl]
     if weight is not None:
         parts = [part * weight.to(loss.dtype) for part in parts]
     if reduction != "none":

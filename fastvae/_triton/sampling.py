@@ -188,6 +188,8 @@ def sample_forward(
     # A quarter of the tile is loaded at a time; 128 bits of it per thread.
     widest = {2: 4 * TILE, 4: 2 * TILE, 8: TILE}[mu.element_size()]
     four, height, width = latent_tile(rows, cols, widest)
+    if streams:  # the KL's tile
+        height, width = tile_shape(cols, tile=2 * TILE)
     row_programs = cdiv(batch if streams else rows, height)
     split, chunk = splits(row_programs, cols, width)
     parts = kl
@@ -203,10 +205,12 @@ def sample_forward(
     draws = (batch, num_samples, sample_offset)
     if streams:
         kl_programs = row_programs * split if kl is not None else 0
+        drawing = stream_programs(rows, cols, sample_offset * num_samples)
         launch(
             sample_stream_kernel,
-            max(stream_programs(rows, cols, sample_offset * num_samples), kl_programs),
+            max(drawing, kl_programs),
             *(mu, logvar, *strides, seed, z, parts, cols, *draws, chunk, split, row_programs),
+            drawing,
             **common, T=STREAM_TILE, R=height, C=width,
         )  # fmt: skip
     else:

@@ -41,7 +41,7 @@ def stream_elements(program, T: tl.constexpr, INDEX: tl.constexpr, first, count,
     return first // 64 * 16 + lane, at, row, col, inside
 
 
-@triton.jit(do_not_specialize=["batch", "sample_offset", "splits", "row_programs"])
+@triton.jit(do_not_specialize=["batch", "sample_offset", "splits", "row_programs", "drawing"])
 def sample_stream_kernel(
     mu,
     logvar,
@@ -57,6 +57,7 @@ def sample_stream_kernel(
     chunk,
     splits,
     row_programs,
+    drawing,  # programs that draw: the KL may want more
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
     MU_COL: tl.constexpr,
@@ -68,19 +69,20 @@ def sample_stream_kernel(
     """sample_kernel where there is no sample_index: T counters serve four elements each, wherever
     rows end. The KL is then summed row by row."""
     program = tl.program_id(0)
-    first = sample_offset.to(tl.int64) * num_samples * cols
-    count = batch.to(INDEX) * num_samples * cols
-    counter, _at, draw, place, inside = stream_elements(program, T, INDEX, first, count, cols)
-    eps = four_normals(tl.load(seed), counter)
-    for j in tl.static_range(4):
-        b = draw[j] // num_samples
-        from_mu = mu + b * mu_stride + place[j] * MU_COL
-        from_logvar = logvar + b * logvar_stride + place[j] * LOGVAR_COL
-        mean = tl.load(from_mu, mask=inside[j], other=0.0).to(COMPUTE)
-        spread = tl.load(from_logvar, mask=inside[j], other=0.0).to(COMPUTE)
-        drawn = sample(mean, spread, eps[j].to(COMPUTE))
-        out = ((draw[j] - b * num_samples) * batch + b) * cols + place[j]
-        tl.store(z + out, drawn.to(z.dtype.element_ty), mask=inside[j])
+    if program < drawing:
+        first = sample_offset.to(tl.int64) * num_samples * cols
+        count = batch.to(INDEX) * num_samples * cols
+        counter, _at, draw, place, inside = stream_elements(program, T, INDEX, first, count, cols)
+        eps = four_normals(tl.load(seed), counter)
+        for j in tl.static_range(4):
+            b = draw[j] // num_samples
+            from_mu = mu + b * mu_stride + place[j] * MU_COL
+            from_logvar = logvar + b * logvar_stride + place[j] * LOGVAR_COL
+            mean = tl.load(from_mu, mask=inside[j], other=0.0).to(COMPUTE)
+            spread = tl.load(from_logvar, mask=inside[j], other=0.0).to(COMPUTE)
+            drawn = sample(mean, spread, eps[j].to(COMPUTE))
+            out = ((draw[j] - b * num_samples) * batch + b) * cols + place[j]
+            tl.store(z + out, drawn.to(z.dtype.element_ty), mask=inside[j])
     if kl is not None:
         split = (program % splits).to(INDEX)
         row = ((program // splits).to(INDEX) * R + tl.arange(0, R))[:, None]
