@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DTYPES
 from torch import Tensor
 from torch.distributions import (
     Categorical,
@@ -279,3 +280,27 @@ def test_a_batch_of_any_number_of_dimensions(batch_dims: int) -> None:
     assert wider.batch_shape == (6, *q.batch_shape) and wider.event_shape == q.event_shape
     z = wider.rsample()
     torch.testing.assert_close(wider.log_prob(z), p.log_prob(z))
+
+
+def test_the_batch_dimensions_of_a_distribution() -> None:
+    mu, logvar = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    std = (0.5 * logvar).exp()
+    for dims in (0, 1, 2):
+        want = fastvae.kl_divergence(mu, logvar, batch_dims=dims)
+        for q in (
+            DiagonalNormal(mu, logvar, batch_dims=dims),
+            Independent(Normal(mu, std), 3 - dims),
+        ):
+            torch.testing.assert_close(fastvae.kl_divergence(q), want)
+            torch.testing.assert_close(fastvae.rsample_kl(q, batch_dims=dims)[1], want)
+            assert fastvae.rsample(q).shape == mu.shape
+            with pytest.raises(ValueError, match=f"q has {dims} batch dimensions, got"):
+                fastvae.kl_divergence(q, batch_dims=dims + 1)
+    with pytest.raises(ValueError, match="q must have one batch dimension"):
+        fastvae.elbo_loss(*torch.rand(2, 2, 5), DiagonalNormal(mu, logvar, batch_dims=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sample_has_the_dtype_of_its_normal(dtype: torch.dtype) -> None:
+    mu, std = torch.randn(3, 4).to(dtype), torch.rand(3, 4).add(0.5).to(dtype)
+    assert fastvae.rsample(Normal(mu, std)).dtype == fastvae.rsample(mu, std=std).dtype == dtype

@@ -359,30 +359,6 @@ def test_a_masked_scale_of_a_distribution_may_be_anything(
         assert kl[1] == 0 and torch.equal(grad[1], torch.zeros(5)) and grad.isfinite().all()
 
 
-def test_the_batch_dimensions_of_a_distribution() -> None:
-    mu, logvar = latents((2, 4, 3), torch.float32)
-    std = (0.5 * logvar).exp()
-    for dims in (0, 1, 2):
-        want = fastvae.kl_divergence(mu, logvar, batch_dims=dims)
-        for q in (
-            DiagonalNormal(mu, logvar, batch_dims=dims),
-            Independent(Normal(mu, std), 3 - dims),
-        ):
-            torch.testing.assert_close(fastvae.kl_divergence(q), want)
-            torch.testing.assert_close(fastvae.rsample_kl(q, batch_dims=dims)[1], want)
-            assert fastvae.rsample(q).shape == mu.shape
-            with pytest.raises(ValueError, match=f"q has {dims} batch dimensions, got"):
-                fastvae.kl_divergence(q, batch_dims=dims + 1)
-    with pytest.raises(ValueError, match="q must have one batch dimension"):
-        fastvae.elbo_loss(*torch.rand(2, 2, 5), DiagonalNormal(mu, logvar, batch_dims=2))
-
-
-@dtypes
-def test_a_sample_has_the_dtype_of_its_normal(dtype: torch.dtype) -> None:
-    mu, std = torch.randn(3, 4).to(dtype), torch.rand(3, 4).add(0.5).to(dtype)
-    assert fastvae.rsample(Normal(mu, std)).dtype == fastvae.rsample(mu, std=std).dtype == dtype
-
-
 def test_bad_sums() -> None:
     mu, logvar = latents((4, 3), torch.float32)
     for dims, error, message in (
