@@ -189,7 +189,7 @@ def sample_forward(
     widest = {2: 4 * TILE, 4: 2 * TILE, 8: TILE}[mu.element_size()]
     four, height, width = latent_tile(rows, cols, widest)
     if streams:  # the KL's tile
-        height, width = tile_shape(cols, tile=2 * TILE)
+        height, width = tile_shape(cols)
     row_programs = cdiv(batch if streams else rows, height)
     split, chunk = splits(row_programs, cols, width)
     parts = kl
