@@ -6,7 +6,7 @@
 
 extern "C" void call_operator() {
   auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastvae::kl_divergence", "");
-  torch::jit::Stack stack{at::ones({2, 3}), at::ones({2, 3}), c10::IValue(), c10::IValue()};
+  torch::jit::Stack stack{at::ones({2, 3}), at::ones({2, 3}), {}, {}, {}};
   try {
     op.callBoxed(stack);
     std::puts("it ran");
