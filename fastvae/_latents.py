@@ -47,7 +47,7 @@ def latent(
     more than std itself is, both come back in float32.
     """
     given = [(n, t) for n, t in zip(_SPREADS, (logvar, std, log_std), strict=True) if t is not None]
-    if not given and (found := of_posterior(mu, mask)) is not None:
+    if not given and (found := of_posterior(mu, mask, mask_name)) is not None:
         mu, spread = check_latent(*found)
         return mu, spread, check_mask(mask, mu, mask_name, "mu")
     check_floating("mu", cast(Tensor, mu))
@@ -62,8 +62,7 @@ def latent(
         return mu, spread, mask
     if name == "log_std":
         return mu, 2 * spread, mask
-    if mask is not None:  # whose logarithm nobody must see, nor its derivative
-        spread = torch.where(mask, spread, 1)
+    spread = _kept(spread, mask)
     if readable(spread) and bool((spread <= 0).any()):
         raise ValueError(f"std must be above 0, got {spread.min().item()}")
     return _wide(mu), _wide(spread).log() * 2, mask
@@ -71,6 +70,11 @@ def latent(
 
 def _wide(t: Tensor) -> Tensor:
     return t.float() if t.itemsize == 2 else t
+
+
+def _kept(std: Tensor, mask: Tensor | None) -> Tensor:
+    """1 where it is left out: nobody must see that logarithm, nor its derivative."""
+    return std if mask is None else torch.where(mask, std, 1)
 
 
 def check_latent(mu: Tensor, spread: Tensor, name: str = "logvar") -> tuple[Tensor, Tensor]:
@@ -102,11 +106,7 @@ def of_distribution(q: object, mask: Tensor | None = None) -> tuple[Tensor, Tens
     if isinstance(q, (Tensor, type, tuple, list)):
         return None
     if (d := _normal(q)) is not None:
-        scale = _wide(d.scale)
-        fits = isinstance(mask, Tensor) and mask.dtype == torch.bool
-        if fits and mask is not None:  # whose logarithm nobody must see, nor its derivative
-            scale = torch.where(mask, scale, 1)
-        return _wide(d.loc), 2 * scale.log()
+        return _wide(d.loc), 2 * _kept(_wide(d.scale), mask).log()
     for name in ("mu", "mean"):
         mean, logvar = getattr(q, name, None), getattr(q, "logvar", None)
         if isinstance(mean, Tensor) and isinstance(logvar, Tensor):
@@ -119,14 +119,16 @@ def _normal(q: object) -> Normal | None:
     return d if isinstance(d, Normal) else None
 
 
-def of_posterior(q: object, mask: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+def of_posterior(
+    q: object, mask: Tensor | None = None, mask_name: str = "mask"
+) -> tuple[Tensor, Tensor] | None:
     """The same of what is sampled."""
     if isinstance(q, Tensor):
         return None
     if getattr(q, "deterministic", False):
         raise ValueError("q is deterministic: take its mean, there is nothing to sample")
     if (d := _normal(q)) is not None:
-        mask = check_mask(mask, d.loc, of="mu")
+        mask = check_mask(mask, d.loc, mask_name, "mu")
     return of_distribution(q, mask)
 
 

@@ -169,10 +169,11 @@ def evaluate(
     params = check_recon(recon, x, family)
     mask = family.kept(x, check_mask(mask, x))
     weight = check_per_sample("sample_weight", sample_weight, x)
+    if differentiable and inplace_backward:
+        raise ValueError("give either differentiable or inplace_backward, got both")
     ops = select(backend, x.device)
     if kl is not None:
-        beside = {"mu": mu, "logvar": logvar, "std": std, "log_std": log_std, "prior": prior}
-        if any(t is not None for t in (*beside.values(), kl_mask)):
+        if any(t is not None for t in (mu, logvar, std, log_std, prior, kl_mask)):
             raise ValueError("give either kl or mu, logvar (and prior, kl_mask), got both")
         kl = check_per_sample("kl", kl, x)
         assert kl is not None
@@ -200,8 +201,6 @@ def evaluate(
         kl = floored(kl, floor, free_bits_per, kept)
     kl = kl.expand(x.shape[:1]) if kl.dim() == 0 else kl
     if differentiable:
-        if inplace_backward:
-            raise ValueError("give either differentiable or inplace_backward, got both")
         rows = ops.log_likelihood(x, params, family, mask)
         return combined(rows, kl, weight, beta, reduction), rows.detach(), kl
     terms, rows = ops.elbo(x, params, kl, family, mask, weight, beta, reduction, inplace_backward)
