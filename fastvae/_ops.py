@@ -245,12 +245,12 @@ def _count_nonfinite(
 torch.library.register_kernel("fastvae::count_nonfinite", "cuda", eager.count_nonfinite)
 
 
-def _rsample_composite(
+def rsample_composite(
     mu: Tensor,
     logvar: Tensor,
     seed: Tensor,
-    num_samples: int | None,
-    sample_offset: int,
+    num_samples: int | None = None,
+    sample_offset: int = 0,
     sample_index: Tensor | None = None,
 ) -> Tensor:
     eps = ops.noise(seed, mu.shape, num_samples or 1, sample_offset, sample_index)
@@ -260,4 +260,4 @@ def _rsample_composite(
 _library = torch.library.Library("fastvae", "IMPL")
 for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
     _library.impl("row_composite", _composite.rows, _key)
-    _library.impl("rsample_composite", _rsample_composite, _key)
+    _library.impl("rsample_composite", rsample_composite, _key)

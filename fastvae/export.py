@@ -29,11 +29,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
     if not cpp.status().available:
         return {}
+    from fastvae._ops import rsample_composite
+
     ops = torch.ops.fastvae
     return {
         ops.seed.default: _seed,
         ops.noise.default: _noise,
-        ops.rsample.default: _rsample,
+        ops.rsample.default: rsample_composite,  # which draws `noise`
         ops.rsample_kl.default: _rsample_kl,
         ops.kl_divergence.default: _kl_divergence,
         ops.log_likelihood.default: _log_likelihood,
@@ -58,21 +60,8 @@ def _noise(
     return torch.randn(num_samples, *size, device=seed.device)
 
 
-def _rsample(
-    mu: Tensor,
-    logvar: Tensor,
-    seed: Tensor,
-    num_samples: int | None = None,
-    sample_offset: int = 0,
-    sample_index: Tensor | None = None,
-) -> Tensor:
-    size = mu.shape if num_samples is None else (num_samples, *mu.shape)
-    eps = torch.randn(size, dtype=_composite.compute_dtype(mu.dtype), device=mu.device)
-    return _composite.sample(mu, logvar, eps)
-
-
 def _rsample_kl(mu: Tensor, logvar: Tensor, seed: Tensor, *stream: Any) -> tuple[Tensor, Tensor]:
-    return _rsample(mu, logvar, seed, *stream), _kl_divergence(mu, logvar)
+    return torch.ops.fastvae.rsample(mu, logvar, seed, *stream), _kl_divergence(mu, logvar)
 
 
 def _kl_divergence(
