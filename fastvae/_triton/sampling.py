@@ -185,11 +185,11 @@ def sample_forward(
     rows, cols = z.shape
     batch = mu.shape[0]
     streams = cols % 64 != 0 and sample_index is None
-    # A quarter of the tile is loaded at a time; 128 bits of it per thread.
-    widest = {2: 4 * TILE, 4: 2 * TILE, 8: TILE}[mu.element_size()]
-    four, height, width = latent_tile(rows, cols, widest)
-    if streams:  # the KL's tile
-        height, width = tile_shape(cols)
+    if streams:
+        four, (height, width) = False, tile_shape(cols)  # the KL's tile
+    else:  # a quarter of it is loaded at a time; 128 bits of that per thread
+        widest = {2: 4 * TILE, 4: 2 * TILE, 8: TILE}[mu.element_size()]
+        four, height, width = latent_tile(rows, cols, widest)
     row_programs = cdiv(batch if streams else rows, height)
     split, chunk = splits(row_programs, cols, width)
     parts = kl
@@ -238,31 +238,23 @@ def sample_backward(
 ) -> None:
     """Fills grad_mu and grad_logvar. A program has one tile, and loops over the draws."""
     batch, cols = grad_mu.shape
+    given = (grad_z, grad_kl, mu, logvar)
+    strides = (0 if t is None else t.stride(0) for t in given)
+    shared = (*given, *strides, seed, grad_mu, grad_logvar)
+    common: dict[str, Any] = {
+        "COMPUTE": compute_type(mu.dtype),
+        "INDEX": index_type(*given, grad_mu),
+        "GRAD_Z_COL": 0 if grad_z is None else grad_z.stride(1),
+        "MU_COL": mu.stride(1),
+        "LOGVAR_COL": logvar.stride(1),
+    }
     if grad_z is not None and num_samples == 1 and cols % 64 != 0 and sample_index is None:
         launch(
             sample_stream_backward_kernel,
             stream_programs(batch, cols, sample_offset),
-            grad_z,
-            grad_kl,
-            mu,
-            logvar,
-            grad_z.stride(0),
-            0 if grad_kl is None else grad_kl.stride(0),
-            mu.stride(0),
-            logvar.stride(0),
-            seed,
-            grad_mu,
-            grad_logvar,
-            cols,
-            batch,
-            sample_offset,
-            COMPUTE=compute_type(mu.dtype),
-            INDEX=index_type(mu, logvar, grad_z, grad_kl, grad_mu),
-            GRAD_Z_COL=grad_z.stride(1),
-            MU_COL=mu.stride(1),
-            LOGVAR_COL=logvar.stride(1),
-            T=STREAM_TILE,
-        )
+            *(*shared, cols, batch, sample_offset),
+            **common, T=STREAM_TILE,
+        )  # fmt: skip
         return
     # Of 16-bit types 64 bits: with 128 there would be registers for two programs.
     four, height, width = latent_tile(batch, cols, TILE if mu.element_size() == 8 else 2 * TILE)
@@ -270,30 +262,6 @@ def sample_backward(
     launch(
         sample_backward_kernel,
         cdiv(batch, height) * split,
-        grad_z,
-        grad_kl,
-        mu,
-        logvar,
-        0 if grad_z is None else grad_z.stride(0),
-        0 if grad_kl is None else grad_kl.stride(0),
-        mu.stride(0),
-        logvar.stride(0),
-        seed,
-        grad_mu,
-        grad_logvar,
-        batch,
-        cols,
-        num_samples,
-        sample_offset,
-        sample_index,
-        width,
-        split,
-        COMPUTE=compute_type(mu.dtype),
-        INDEX=index_type(mu, logvar, grad_z, grad_kl, grad_mu),
-        GRAD_Z_COL=0 if grad_z is None else grad_z.stride(1),
-        MU_COL=mu.stride(1),
-        LOGVAR_COL=logvar.stride(1),
-        FOUR=four,
-        R=height,
-        C=width,
-    )
+        *(*shared, batch, cols, num_samples, sample_offset, sample_index, width, split),
+        **common, FOUR=four, R=height, C=width,
+    )  # fmt: skip
